@@ -1,0 +1,149 @@
+"""The op list: what a model computes for some tokens, as data. Knows no weights and no kernel.
+
+A family (model/families/) writes one from a config; model/reference.py runs it in numpy, the native executor in C++.
+Registers are named f32 buffers [tokens, width]. Weights are Hugging Face tensor names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from elute.types import F32
+
+
+class Activation(StrEnum):
+    SILU = "silu"
+    GELU_TANH = "gelu_tanh"
+    RELU2 = "relu2"  # max(x, 0)**2
+
+
+@dataclass(frozen=True)
+class Embed:
+    """output = w[token] * scale"""
+
+    weight: str
+    output: str
+    scale: float = 1.0
+
+
+@dataclass(frozen=True)
+class RmsNorm:
+    """output = x / rms(x) * (w + weight_offset), over the whole register or over each head of it. May be in place."""
+
+    input: str
+    weight: str
+    output: str
+    eps: float
+    head_width: int | None = None
+    weight_offset: float = 0.0  # gemma stores w - 1
+
+
+@dataclass(frozen=True)
+class Linear:
+    """outputs[i] = input @ weights[i].T + biases[i]. One op shares one quantization and one set of tables."""
+
+    input: str
+    weights: tuple[str, ...]
+    outputs: tuple[str, ...]
+    biases: tuple[str | None, ...]
+
+
+@dataclass(frozen=True)
+class Rope:
+    """In place, half-split: channel i of a head turns with channel i + head_width/2 by position * inverse frequency."""
+
+    register: str
+    head_width: int
+    table: str  # key of OpList.rope_tables
+
+
+@dataclass(frozen=True)
+class Attention:
+    """Appends key and value to the cache of `layer`, then causal softmax(q k^T * scale) v, grouped-query.
+
+    window: a query at position p sees keys at positions p-window+1 .. p. softcap: s = softcap * tanh(s / softcap).
+    """
+
+    query: str
+    key: str
+    value: str
+    output: str
+    layer: int
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    scale: float
+    window: int | None = None
+    softcap: float | None = None
+
+
+@dataclass(frozen=True)
+class Gate:
+    """output = activation(gate) * up"""
+
+    gate: str
+    up: str
+    output: str
+    activation: Activation
+
+
+@dataclass(frozen=True)
+class Add:
+    """output += input"""
+
+    input: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Head:
+    """logits = input @ w.T, then softcap as in Attention."""
+
+    input: str
+    weight: str
+    softcap: float | None = None
+
+
+Op = Embed | RmsNorm | Linear | Rope | Attention | Gate | Add | Head
+
+
+@dataclass(frozen=True, eq=False)
+class RopeTable:
+    """cos and sin of position * inverse_frequencies, both times `factor` (yarn's attention factor)."""
+
+    inverse_frequencies: F32  # [head_width / 2]
+    factor: float = 1.0
+
+
+@dataclass(frozen=True, eq=False)
+class OpList:
+    ops: tuple[Op, ...]
+    registers: Mapping[str, int]  # name -> width
+    n_layers: int
+    n_kv_heads: int
+    head_width: int
+    vocabulary: int
+    context: int  # positions the model was trained for
+    rope_tables: Mapping[str, RopeTable] = field(default_factory=dict)
+
+    def matrices(self) -> tuple[str, ...]:
+        """Names of the 2-D weights, each once, in order of first use."""
+        names: dict[str, None] = {}
+        for op in self.ops:
+            if isinstance(op, Embed | Head):
+                names[op.weight] = None
+            elif isinstance(op, Linear):
+                names.update(dict.fromkeys(op.weights))
+        return tuple(names)
+
+    def vectors(self) -> tuple[str, ...]:
+        """Names of the 1-D weights (norms and biases), each once."""
+        names: dict[str, None] = {}
+        for op in self.ops:
+            if isinstance(op, RmsNorm):
+                names[op.weight] = None
+            elif isinstance(op, Linear):
+                names.update((bias, None) for bias in op.biases if bias is not None)
+        return tuple(names)
