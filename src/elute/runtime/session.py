@@ -1,0 +1,184 @@
+"""One conversation in one KV cache: what it holds, what is reused, when it is full. Tokens only."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from elute.errors import BudgetError, ShapeError, UnsupportedError
+from elute.runtime.sampler import F64, Choice, Sampler, log_softmax_at
+from elute.types import F32, I32
+
+PROMPT_CHUNK = (
+    256  # tokens between two looks at `cancelled`: long enough for the GEMM, seconds on a 7B model
+)
+LOGITS_BYTES = 64 << 20  # most that one score step may ask for: 256 rows of a 64k vocabulary
+
+
+class Executor(Protocol):
+    """Runs a model; its KV cache is the only state. Native: runtime.executor, numpy: reference."""
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def vocabulary(self) -> int: ...
+
+    @property
+    def n_threads(self) -> int: ...
+
+    @property
+    def isa(self) -> str: ...
+
+    def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32:
+        """tokens i32 [M] -> logits f32 [1 or M, vocabulary]; the cache forgets what it held from
+        `position` on."""
+
+
+class Session:
+    """Token history over an executor. One generation at a time: a second one ends the first."""
+
+    def __init__(self, executor: Executor) -> None:
+        self.executor = executor
+        self._history: list[int] = []  # what the KV cache holds, position by position
+        self._ticket = 0  # of the newest generation
+        self._lock = threading.Lock()  # a forward from two threads would corrupt the cache
+
+    @property
+    def history(self) -> tuple[int, ...]:
+        """Tokens whose keys and values are in the cache."""
+        return tuple(self._history)
+
+    def reset(self) -> None:
+        """Forgets everything, so that the next prompt is computed from its first token."""
+        self._ticket += 1
+        self._history.clear()
+
+    def reusable(self, prompt: Sequence[int]) -> int:
+        """How many first tokens of `prompt` are cached; never the last: its logits are wanted."""
+        shared = 0
+        for held, token in zip(self._history, prompt, strict=False):
+            if held != token:
+                break
+            shared += 1
+        return min(shared, len(prompt) - 1)
+
+    def check_prompt(self, prompt: Sequence[int]) -> None:
+        """Raises ShapeError for no or unknown tokens, BudgetError for more than the context."""
+        context, vocabulary = self.executor.context, self.executor.vocabulary
+        if not prompt:
+            raise ShapeError("prompt: found 0 tokens, wanted at least 1; give it some text")
+        if len(prompt) > context:
+            raise BudgetError(
+                f"prompt: found {len(prompt)} tokens, but the context is {context}; use a context "
+                f"of {len(prompt) + 1} or more, or shorten the prompt by {len(prompt) - context} "
+                "tokens: nothing was truncated"
+            )
+        low, high = min(prompt), max(prompt)
+        if low < 0 or high >= vocabulary:
+            raise ShapeError(
+                f"prompt: found token {low if low < 0 else high}, wanted 0 to {vocabulary - 1}; "
+                "was it made by another model's tokenizer?"
+            )
+
+    def generate(
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        *,
+        max_tokens: int | None = None,
+        on_prompt: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+    ) -> Generator[Choice]:
+        """What follows `prompt`, until max_tokens, the end of the context, or `cancelled()`.
+
+        The caller decides which token ends the text and closes the generator; closing it,
+        cancelling, or an exception leaves the session usable, with every token that was computed
+        still reusable. on_prompt(done, total) tells how much of the prompt is in the cache, first
+        call: what was reused. Raises as check_prompt does, before anything is computed.
+        """
+        self.check_prompt(prompt)
+        return self._generate(list(prompt), sampler, max_tokens, on_prompt, cancelled)
+
+    def _generate(
+        self,
+        prompt: list[int],
+        sampler: Sampler,
+        max_tokens: int | None,
+        on_prompt: Callable[[int, int], None] | None,
+        cancelled: Callable[[], bool] | None,
+    ) -> Generator[Choice]:
+        self._ticket += 1
+        ticket = self._ticket
+        position = self.reusable(prompt)
+        del self._history[position:]
+        pending = prompt[position:]
+        if on_prompt is not None:
+            on_prompt(position, len(prompt))
+        made = 0
+        while True:
+            for start in range(0, len(pending), PROMPT_CHUNK):
+                if cancelled is not None and cancelled():
+                    return
+                logits = self._extend(pending[start : start + PROMPT_CHUNK], ticket)
+                if on_prompt is not None and made == 0:
+                    on_prompt(len(self._history), len(prompt))
+            if made == max_tokens or (cancelled is not None and cancelled()):
+                return
+            choice = sampler.sample(logits[0])
+            made += 1
+            yield choice
+            # The last token may be chosen by the full context, but not be put into it.
+            if made == max_tokens or len(self._history) >= self.executor.context:
+                return
+            pending = [choice.token]
+
+    def _extend(self, tokens: list[int], ticket: int, *, all_logits: bool = False) -> F32:
+        with self._lock:
+            if ticket != self._ticket:
+                raise UnsupportedError(
+                    "session: another generation began before this one ended; finish or close one "
+                    "before the next, or load the model twice"
+                )
+            logits = self.executor.forward(
+                np.asarray(tokens, np.int32), len(self._history), all_logits=all_logits
+            )
+            # Not before: a forward that raises leaves a stale end, which the next one overwrites.
+            self._history.extend(tokens)
+            return logits
+
+    def score(self, tokens: Sequence[int]) -> F64:
+        """-> f64 [len(tokens) - 1], log p(tokens[i] | tokens[:i]) for i from 1; empties the cache.
+
+        Raises as check_prompt does.
+        """
+        self.check_prompt(tokens)
+        self.reset()
+        parts = list(self._score(list(tokens)))
+        return np.concatenate(parts) if parts else np.zeros(0, np.float64)
+
+    def _score(self, tokens: list[int]) -> Iterable[F64]:
+        for first, logits in self.logits(tokens, 0):
+            targets = np.asarray(tokens[first + 1 : first + 1 + len(logits)], np.int64)
+            yield log_softmax_at(logits, targets)
+
+    def logits(self, tokens: Sequence[int], first: int) -> Iterator[tuple[int, F32]]:
+        """(position, f32 [rows, vocabulary]): predictions at positions first .. len(tokens) - 2.
+
+        The rows of a position are what the model expects next. Earlier positions run without
+        logits, and no step asks for more than LOGITS_BYTES. Continues from the longest shared
+        prefix; call reset() for a window on its own.
+        """
+        inputs = list(tokens[:-1])
+        self._ticket += 1
+        ticket = self._ticket
+        position = min(self.reusable(tokens), first)
+        del self._history[position:]
+        for start in range(position, first, PROMPT_CHUNK):
+            self._extend(inputs[start : min(start + PROMPT_CHUNK, first)], ticket)
+        rows = max(1, min(PROMPT_CHUNK, LOGITS_BYTES // (4 * self.executor.vocabulary)))
+        for start in range(first, len(inputs), rows):
+            yield start, self._extend(inputs[start : start + rows], ticket, all_logits=True)
