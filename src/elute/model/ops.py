@@ -1,7 +1,7 @@
 """The op list: what a model computes for some tokens, as data. Knows no weights and no kernel.
 
-A family (model/families/) writes one from a config; model/reference.py runs it in numpy, the native executor in C++.
-Registers are named f32 buffers [tokens, width]. Weights are Hugging Face tensor names.
+A family (model/families/) writes one from a config; model/reference.py runs it in numpy, the native
+executor in C++. Registers are named f32 buffers [tokens, width]. Weights are Hugging Face names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Embed:
 
 @dataclass(frozen=True)
 class RmsNorm:
-    """output = x / rms(x) * (w + weight_offset), over the whole register or over each head of it. May be in place."""
+    """output = x / rms(x) * (w + weight_offset), of a register or each head. May be in place."""
 
     input: str
     weight: str
@@ -42,7 +42,7 @@ class RmsNorm:
 
 @dataclass(frozen=True)
 class Linear:
-    """outputs[i] = input @ weights[i].T + biases[i]. One op shares one quantization and one set of tables."""
+    """outputs[i] = input @ weights[i].T + biases[i]: one quantization and one set of tables."""
 
     input: str
     weights: tuple[str, ...]
@@ -52,7 +52,7 @@ class Linear:
 
 @dataclass(frozen=True)
 class Rope:
-    """In place, half-split: channel i of a head turns with channel i + head_width/2 by position * inverse frequency."""
+    """In place: channel i of a head turns with i + head_width/2 by position * inverse frequency."""
 
     register: str
     head_width: int
@@ -61,9 +61,11 @@ class Rope:
 
 @dataclass(frozen=True)
 class Attention:
-    """Appends key and value to the cache of `layer`, then causal softmax(q k^T * scale) v, grouped-query.
+    """Appends key and value to the cache of `layer`, then causal softmax(q k^T * scale) v.
 
-    window: a query at position p sees keys at positions p-window+1 .. p. softcap: s = softcap * tanh(s / softcap).
+    Grouped-query: n_heads / n_kv_heads successive query heads read one key head.
+    window: a query at position p sees keys at positions p-window+1 .. p.
+    softcap: s = softcap * tanh(s / softcap).
     """
 
     query: str
@@ -111,7 +113,7 @@ Op = Embed | RmsNorm | Linear | Rope | Attention | Gate | Add | Head
 
 @dataclass(frozen=True, eq=False)
 class RopeTable:
-    """cos and sin of position * inverse_frequencies, both times `factor` (yarn's attention factor)."""
+    """cos and sin of position * inverse_frequencies, both times `factor` (yarn's attention)."""
 
     inverse_frequencies: F32  # [head_width / 2]
     factor: float = 1.0

@@ -1,0 +1,251 @@
+"""The decoder that all families share, and the data in which they differ. Knows no family.
+
+One layer, with [ ] around what only some families have:
+
+    normed = norm(hidden);  query, key, value = linear(normed);  [query, key = norm per head];  rope
+    attended = [norm](attention);  branch = [norm](linear(attended));  hidden += branch
+    normed = norm(hidden);  gate, up = linear(normed);  gated = [norm](activation(gate) * up)
+    branch = [norm](linear(gated));  hidden += branch
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+
+from elute.model.config import Config, shown
+from elute.model.ops import (
+    Activation,
+    Add,
+    Attention,
+    Embed,
+    Gate,
+    Head,
+    Linear,
+    Op,
+    OpList,
+    RmsNorm,
+    Rope,
+    RopeTable,
+)
+
+# The deepest published models have about 130; a hostile config must not build ops for hours.
+MAX_LAYERS = 4096
+
+EMBEDDING = "model.embed_tokens.weight"
+FINAL_NORM = "model.norm.weight"
+UNTIED_HEAD = "lm_head.weight"
+
+FULL_ATTENTION = "full_attention"
+SLIDING_ATTENTION = "sliding_attention"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """The widths and counts of a model, checked to fit together."""
+
+    hidden: int
+    intermediate: int
+    n_layers: int
+    n_heads: int
+    n_kv_heads: int
+    head_width: int
+    vocabulary: int
+    context: int
+
+
+def read_sizes(
+    config: Config,
+    *,
+    n_heads: int | None = None,
+    n_kv_heads: int | None = None,
+    head_width: int | None = None,
+    vocabulary: int | None = None,
+    context: int | None = None,
+) -> Sizes:
+    """Sizes from the usual keys; the arguments are a family's defaults for keys left out.
+
+    Without a default, num_key_value_heads is num_attention_heads and head_dim is
+    hidden_size / num_attention_heads. Raises FormatError when a size is missing, is not a whole
+    number above 0, or does not fit the others.
+    """
+    hidden = config.count("hidden_size")
+    n_heads = config.count("num_attention_heads", n_heads)
+    n_kv_heads = config.count("num_key_value_heads", n_kv_heads or n_heads)
+    if n_heads % n_kv_heads:
+        wanted = f"a multiple of num_key_value_heads ({n_kv_heads})"
+        raise config.misfit(f"num_attention_heads is {n_heads}", wanted)
+    if head_width is None and not config.has("head_dim"):
+        if hidden % n_heads:
+            wanted = f"head_dim, or a multiple of num_attention_heads ({n_heads})"
+            raise config.misfit(f"hidden_size is {hidden}", wanted)
+        head_width = hidden // n_heads
+    head_width = config.count("head_dim", head_width)
+    if head_width % 2:
+        found = f"head_dim (or hidden_size / num_attention_heads) is {head_width}"
+        raise config.misfit(found, "an even number for rotary positions")
+    return Sizes(
+        hidden=hidden,
+        intermediate=config.count("intermediate_size"),
+        n_layers=config.count("num_hidden_layers", at_most=MAX_LAYERS),
+        n_heads=n_heads,
+        n_kv_heads=n_kv_heads,
+        head_width=head_width,
+        vocabulary=config.count("vocab_size", vocabulary),
+        context=config.count("max_position_embeddings", context),
+    )
+
+
+def read_layer_types(config: Config, default: tuple[str, ...]) -> tuple[str, ...]:
+    """`layer_types` of the config, or `default`, which is as long as the model is deep."""
+    types = config.texts("layer_types") or default
+    if len(types) != len(default):
+        found = f"layer_types has {len(types)} entries"
+        raise config.misfit(found, f"num_hidden_layers = {len(default)}")
+    for layer, kind in enumerate(types):
+        if kind not in (FULL_ATTENTION, SLIDING_ATTENTION):
+            wanted = f"{FULL_ATTENTION} or {SLIDING_ATTENTION}"
+            raise config.misfit(f"layer_types[{layer}] is {shown(kind)}", wanted)
+    return types
+
+
+def windows_of(
+    config: Config, types: tuple[str, ...], window: int | None
+) -> tuple[int | None, ...]:
+    """The window of each layer. Raises FormatError when a layer slides and there is no window."""
+    if window is None and SLIDING_ATTENTION in types:
+        found = f"layer_types[{types.index(SLIDING_ATTENTION)}] is {SLIDING_ATTENTION}"
+        raise config.misfit(f"{found} but no sliding_window is in force", "a sliding_window")
+    return tuple(window if kind == SLIDING_ATTENTION else None for kind in types)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Norms:
+    """Names of a layer's norms, below "model.layers.N."; None where the family has none."""
+
+    before_attention: str = "input_layernorm"
+    query: str | None = None  # per head
+    key: str | None = None  # per head
+    before_output: str | None = None  # between attention and o_proj
+    after_attention: str | None = None
+    before_mlp: str = "post_attention_layernorm"
+    before_down: str | None = None
+    after_mlp: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Decoder:
+    """Everything that distinguishes one decoder from another.
+
+    windows     the window of each layer, None for full attention
+    ropes       the rope table of each layer, a key of rope_tables
+    norm_offset added to every norm's weight
+    """
+
+    sizes: Sizes
+    activation: Activation
+    eps: float
+    tied: bool
+    windows: tuple[int | None, ...]
+    ropes: tuple[str, ...]
+    rope_tables: Mapping[str, RopeTable]
+    attention_scale: float
+    norms: Norms = field(default_factory=Norms)
+    norm_offset: float = 0.0
+    embed_scale: float = 1.0
+    qkv_bias: bool = False
+    output_bias: bool = False
+    mlp_bias: bool = False
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+
+    def op_list(self) -> OpList:
+        sizes = self.sizes
+        ops: list[Op] = [Embed(EMBEDDING, "hidden", self.embed_scale)]
+        for layer in range(sizes.n_layers):
+            ops += self._attention(layer)
+            ops += self._mlp(layer)
+        ops.append(RmsNorm("hidden", FINAL_NORM, "normed", self.eps, None, self.norm_offset))
+        ops.append(Head("normed", EMBEDDING if self.tied else UNTIED_HEAD, self.logit_softcap))
+        return OpList(
+            ops=tuple(ops),
+            registers={
+                "hidden": sizes.hidden,
+                "normed": sizes.hidden,
+                "query": sizes.n_heads * sizes.head_width,
+                "key": sizes.n_kv_heads * sizes.head_width,
+                "value": sizes.n_kv_heads * sizes.head_width,
+                "attended": sizes.n_heads * sizes.head_width,
+                "gate": sizes.intermediate,
+                "up": sizes.intermediate,
+                "gated": sizes.intermediate,
+                "branch": sizes.hidden,
+            },
+            n_layers=sizes.n_layers,
+            n_kv_heads=sizes.n_kv_heads,
+            head_width=sizes.head_width,
+            vocabulary=sizes.vocabulary,
+            context=sizes.context,
+            rope_tables=self.rope_tables,
+        )
+
+    def _attention(self, layer: int) -> Iterator[Op]:
+        sizes, norms = self.sizes, self.norms
+        yield self._norm(layer, norms.before_attention, "hidden", "normed")
+        yield self._linear(
+            layer, "self_attn", "normed", {"q": "query", "k": "key", "v": "value"}, self.qkv_bias
+        )
+        for register, norm in (("query", norms.query), ("key", norms.key)):
+            if norm is not None:
+                yield self._norm(layer, norm, register, register, head_width=sizes.head_width)
+        for register in ("query", "key"):
+            yield Rope(register, sizes.head_width, self.ropes[layer])
+        yield Attention(
+            query="query",
+            key="key",
+            value="value",
+            output="attended",
+            layer=layer,
+            n_heads=sizes.n_heads,
+            n_kv_heads=sizes.n_kv_heads,
+            head_width=sizes.head_width,
+            scale=self.attention_scale,
+            window=self.windows[layer],
+            softcap=self.attention_softcap,
+        )
+        if norms.before_output is not None:
+            yield self._norm(layer, norms.before_output, "attended", "attended")
+        yield self._linear(layer, "self_attn", "attended", {"o": "branch"}, self.output_bias)
+        if norms.after_attention is not None:
+            yield self._norm(layer, norms.after_attention, "branch", "branch")
+        yield Add("branch", "hidden")
+
+    def _mlp(self, layer: int) -> Iterator[Op]:
+        norms = self.norms
+        yield self._norm(layer, norms.before_mlp, "hidden", "normed")
+        yield self._linear(layer, "mlp", "normed", {"gate": "gate", "up": "up"}, self.mlp_bias)
+        yield Gate("gate", "up", "gated", self.activation)
+        if norms.before_down is not None:
+            yield self._norm(layer, norms.before_down, "gated", "gated")
+        yield self._linear(layer, "mlp", "gated", {"down": "branch"}, self.mlp_bias)
+        if norms.after_mlp is not None:
+            yield self._norm(layer, norms.after_mlp, "branch", "branch")
+        yield Add("branch", "hidden")
+
+    def _norm(
+        self, layer: int, name: str, source: str, target: str, *, head_width: int | None = None
+    ) -> RmsNorm:
+        weight = f"model.layers.{layer}.{name}.weight"
+        return RmsNorm(source, weight, target, self.eps, head_width, self.norm_offset)
+
+    def _linear(
+        self, layer: int, block: str, source: str, outputs: Mapping[str, str], bias: bool
+    ) -> Linear:
+        """One op for projections of one input; `outputs` maps the "q" of "q_proj" to a register."""
+        paths = [f"model.layers.{layer}.{block}.{name}_proj" for name in outputs]
+        return Linear(
+            input=source,
+            weights=tuple(f"{path}.weight" for path in paths),
+            outputs=tuple(outputs.values()),
+            biases=tuple(f"{path}.bias" if bias else None for path in paths),
+        )

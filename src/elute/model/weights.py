@@ -1,0 +1,54 @@
+"""The weights that an op list needs: names, shapes, and a check of those that are there."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from elute.errors import FormatError, ShapeError
+from elute.model.ops import Embed, Head, Linear, OpList, RmsNorm
+
+
+def weight_shapes(ops: OpList) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every weight, in order of first use; matrices are [N, K]."""
+    shapes: dict[str, tuple[int, ...]] = {}
+    width = ops.registers
+    for op in ops.ops:
+        if isinstance(op, Embed):
+            shapes[op.weight] = (ops.vocabulary, width[op.output])
+        elif isinstance(op, Head):
+            shapes[op.weight] = (ops.vocabulary, width[op.input])
+        elif isinstance(op, RmsNorm):
+            shapes[op.weight] = (op.head_width or width[op.input],)
+        elif isinstance(op, Linear):
+            for weight, output, bias in zip(op.weights, op.outputs, op.biases, strict=True):
+                shapes[weight] = (width[output], width[op.input])
+                if bias is not None:
+                    shapes[bias] = (width[output],)
+    return shapes
+
+
+def check_weights(
+    ops: OpList,
+    shape_of: Callable[[str], tuple[int, ...] | None],
+    *,
+    where: str,
+    names: Sequence[str] | None = None,
+) -> None:
+    """Raises unless `shape_of` gives every weight, or those of `names`, its shape; None: not there.
+
+    FormatError for a missing weight, ShapeError for one of another shape than the config says.
+    """
+    shapes = weight_shapes(ops)
+    for name in shapes if names is None else names:
+        wanted = shapes[name]
+        found = shape_of(name)
+        if found is None:
+            raise FormatError(
+                f"{where}: found no tensor {name}, wanted one of shape {list(wanted)}; "
+                f"download the missing files or correct config.json"
+            )
+        if tuple(found) != wanted:
+            raise ShapeError(
+                f"{where}: {name} has shape {list(found)}, and config.json wants {list(wanted)}; "
+                f"use the config.json that belongs to these weights"
+            )
