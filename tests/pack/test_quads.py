@@ -38,7 +38,9 @@ def test_sections_cover_every_plane_once(bits: int) -> None:
 
 def test_pack_places_one_bit_where_the_format_says() -> None:
     codes = np.zeros((32, 64), np.uint8)
-    codes[17, 4 * 3 + 2] = 0b100  # output 17 = high nibble of j = 1; quad 3, channel 2; plane 2 of 3
+    codes[17, 4 * 3 + 2] = (
+        0b100  # output 17 = high nibble of j = 1; quad 3, channel 2; plane 2 of 3
+    )
     planes = quads.pack_codes(codes, 3)
     (at,) = np.flatnonzero(planes)
     section_of_planes_0_and_1 = 16 * 16 * 2

@@ -32,12 +32,19 @@ def row_groups(
         raise ShapeError(
             f"{where}: found shape {w.shape}, wanted two dimensions [N, K]; reshape it"
         )
-    n, k = w.shape
+    k = w.shape[1]
     if group_size < 1 or k % group_size:
         raise ShapeError(
             f"{where}: K={k} is not a multiple of group_size={group_size}; "
             f"use a group_size that divides K, or K itself"
         )
+    return _row_groups(w, group_size, where, first_row)
+
+
+def _row_groups(
+    w: npt.NDArray[Any], group_size: int, where: str, first_row: int
+) -> Iterator[tuple[slice, F32]]:
+    n, k = w.shape
     step = max(1, _CHUNK_WEIGHTS // max(1, k))
     for first in range(0, n, step):
         rows = slice(first, min(first + step, n))

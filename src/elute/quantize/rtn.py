@@ -61,8 +61,9 @@ def quantize(
             else:
                 fits = _min_fits(x, bits)
             for scale, offset in fits:
-                check_f16(scale, "scale", where=where, first_row=first_row + rows.start)
+                # the scale spans from the offset, so the offset is the one to blame first
                 check_f16(offset, "offset", where=where, first_row=first_row + rows.start)
+                check_f16(scale, "scale", where=where, first_row=first_row + rows.start)
             chosen, scale, offset = _best(x, fits, zero=zero, largest=(1 << bits) - 1)
             codes[rows] = chosen.reshape(-1, k)
             scales[:, rows] = scale.T

@@ -8,9 +8,9 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.quantize.groups import check_f16, row_groups, scale_to_f16
+from elute.quantize.recipe import TERNARY_BITS
 from elute.types import Affine, QuantizedMatrix
 
-BITS = 2
 ZERO = 1  # codes 0, 1, 2 are -1, 0, 1; code 3 never occurs
 
 
@@ -44,6 +44,6 @@ def quantize(
         offsets=None,
         affine=Affine.SYMMETRIC,
         zero=ZERO,
-        bits=BITS,
+        bits=TERNARY_BITS,
         group_size=group_size,
     )

@@ -1,0 +1,168 @@
+"""Sizes, ranges and manifest records of the packed directory. Opens no file.
+
+docs/packed-format.md is the specification.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from elute.errors import FormatError
+from elute.types import ACT_BLOCK, LUT_WIDTH, PANEL, Affine
+
+FORMAT = "elute-packed"
+LAYOUT = 1  # readers accept this and older; raised when the meaning of any byte changes
+MANIFEST = "elute.json"
+CONFIG = "config.json"
+TOKENIZER = "tokenizer.json"
+TOKENIZER_CONFIG = "tokenizer_config.json"
+GENERATION_CONFIG = "generation_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+
+ALIGNMENT = 4096  # a page, and the strictest O_DIRECT alignment in use
+OVER_READ = 64  # readable bytes after the planes: one AVX-512 register beyond the last quad
+MIN_GROUP = 16
+_MAX_SIDE = 1 << 31  # rows and columns are int32 in the kernels
+
+
+def align(n_bytes: int) -> int:
+    return -(-n_bytes // ALIGNMENT) * ALIGNMENT
+
+
+def group_fits(n_columns: int, group_size: int) -> bool:
+    """Whether pack.quads.check_groups accepts these sizes."""
+    if n_columns % LUT_WIDTH or group_size < 1 or n_columns % group_size:
+        return False
+    if group_size == n_columns:
+        return True
+    whole_blocks = group_size % ACT_BLOCK == 0
+    part_of_block = group_size >= MIN_GROUP and ACT_BLOCK % group_size == 0
+    return whole_blocks or part_of_block
+
+
+@dataclass(frozen=True)
+class Part:
+    """One safetensors tensor of a weight: `n_bytes` that count, zero-padded to `stored_bytes`."""
+
+    suffix: str
+    dtype: str
+    item_bytes: int
+    n_bytes: int
+
+    @property
+    def stored_bytes(self) -> int:
+        return align(self.n_bytes + (OVER_READ if self.suffix == ".planes" else 0))
+
+    @property
+    def stored_items(self) -> int:
+        return self.stored_bytes // self.item_bytes
+
+
+@dataclass(frozen=True)
+class MatrixRecord:
+    """What elute.json says of a matrix w[N, K]."""
+
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    affine: Affine
+    zero: int  # 0 unless SYMMETRIC
+    columns: bool  # whether a column order is stored
+    file: str
+
+    @property
+    def n_panels(self) -> int:
+        return -(-self.shape[0] // PANEL)
+
+    @property
+    def n_groups(self) -> int:
+        return self.shape[1] // self.group_size
+
+    def parts(self) -> Iterator[Part]:
+        """In the order in which they lie in the file."""
+        k = self.shape[1]
+        yield Part(".planes", "U8", 1, self.n_panels * (k // LUT_WIDTH) * (PANEL // 2) * self.bits)
+        group_bytes = self.n_panels * self.n_groups * PANEL * 2
+        yield Part(".scales", "F16", 2, group_bytes)
+        if self.affine is not Affine.SYMMETRIC:
+            yield Part(".offsets", "F16", 2, group_bytes)
+        if self.columns:
+            yield Part(".columns", "I32", 4, k * 4)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "shape": list(self.shape),
+            "bits": self.bits,
+            "group_size": self.group_size,
+            "affine": self.affine.value,
+            "zero": self.zero,
+            "columns": self.columns,
+            "file": self.file,
+        }
+
+
+@dataclass(frozen=True)
+class VectorRecord:
+    """What elute.json says of a vector of f32."""
+
+    shape: tuple[int]
+    file: str
+
+    def parts(self) -> Iterator[Part]:
+        yield Part("", "F32", 4, self.shape[0] * 4)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"shape": list(self.shape), "file": self.file}
+
+
+def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
+    """Raises FormatError unless every field is present, typed and in its range."""
+    fields = mapping(value, where=where)
+    shape = fields.get("shape")
+    if not isinstance(shape, list) or len(shape) not in (1, 2):
+        raise FormatError(f"{where}: shape is {shape!r}, wanted a list of one or two sizes")
+    sizes = [_integer(size, 1, _MAX_SIDE, where=f"{where}: shape") for size in shape]
+    file = plain_name(fields.get("file"), where=where)
+    if len(sizes) == 1:
+        return VectorRecord(shape=(sizes[0],), file=file)
+    n, k = sizes
+    bits = _integer(fields.get("bits"), 1, 8, where=f"{where}: bits")
+    group_size = _integer(fields.get("group_size"), 1, _MAX_SIDE, where=f"{where}: group_size")
+    if not group_fits(k, group_size):
+        raise FormatError(
+            f"{where}: group_size={group_size} does not fit K={k}; convert the model again"
+        )
+    try:
+        affine = Affine(str(fields.get("affine")))
+    except ValueError:
+        raise FormatError(
+            f"{where}: affine is {fields.get('affine')!r}, wanted {', '.join(Affine)}"
+        ) from None
+    largest_zero = 255 if affine is Affine.SYMMETRIC else 0
+    zero = _integer(fields.get("zero"), 0, largest_zero, where=f"{where}: zero")
+    columns = fields.get("columns")
+    if not isinstance(columns, bool):
+        raise FormatError(f"{where}: columns is {columns!r}, wanted true or false")
+    return MatrixRecord((n, k), bits, group_size, affine, zero, columns, file)
+
+
+def mapping(value: Any, *, where: str) -> Mapping[str, Any]:
+    """Raises FormatError unless value is a JSON object."""
+    if not isinstance(value, dict):
+        raise FormatError(f"{where}: found {type(value).__name__}, wanted an object")
+    return value
+
+
+def plain_name(value: Any, *, where: str) -> str:
+    """Raises FormatError unless value names a file in the directory itself."""
+    if not isinstance(value, str) or value in ("", ".", "..") or set(value) & set("/\\\0"):
+        raise FormatError(f"{where}: file is {value!r}, wanted a plain file name")
+    return value
+
+
+def _integer(value: Any, low: int, high: int, *, where: str) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
+        raise FormatError(f"{where}: found {value!r}, wanted an integer from {low} to {high}")
+    return value

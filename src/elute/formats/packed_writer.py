@@ -1,0 +1,322 @@
+"""Writes a packed model directory, tensor by tensor. Packs nothing: it is handed quads."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elute.errors import EluteError, FormatError, ShapeError
+from elute.formats import packed_layout as layout
+from elute.formats.atomic_directory import atomic_directory, disk_errors
+from elute.types import F16, F32, PANEL, Affine, PackedMatrix, TokenizerFiles
+
+MAX_SHARD_BYTES = 4_000_000_000  # below 4 GiB, the largest file that some file systems hold
+_ENTRY_BYTES = 128  # a header entry apart from its name: keys, a dtype, one size and two offsets
+
+
+class PackedWriter:
+    """A context manager; leaving it without an exception publishes the directory.
+
+        with PackedWriter(out, names=[...], config=..., tokenizer=..., source="...") as writer:
+            writer.add_matrix("lm_head.weight", (N, K), [packed])
+
+    Tensors go to disk as they are added; nothing of them is kept. Not thread safe.
+    """
+
+    def __init__(
+        self,
+        out: Path,
+        *,
+        names: Sequence[str],
+        config: Mapping[str, Any],
+        tokenizer: TokenizerFiles,
+        source: str,
+        recipe: Mapping[str, Any] | None = None,
+        overwrite: bool = False,
+        max_shard_bytes: int = MAX_SHARD_BYTES,
+    ) -> None:
+        """names: every tensor that may be added; room in the file headers is kept for them.
+
+        Raises EluteError when `out` exists and may not be replaced: a packed model without
+        `overwrite`, or anything else that is not an empty directory.
+        """
+        self._out = Path(out).resolve()
+        self._names = frozenset(names)
+        self._config = config
+        self._tokenizer = tokenizer
+        self._source = source
+        self._recipe = recipe
+        self._overwrite = overwrite
+        self._max_shard_bytes = max_shard_bytes
+        self._records: dict[str, layout.MatrixRecord | layout.VectorRecord] = {}
+        self._files: dict[str, dict[str, Any]] = {}
+        self._shard: _Shard | None = None
+        self._stack = ExitStack()
+        _check_replaceable(self._out, overwrite=overwrite)
+
+    def __enter__(self) -> PackedWriter:
+        self._directory = self._stack.enter_context(
+            atomic_directory(self._out, replace=self._overwrite)
+        )
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            # The stack must see an exception of _finish, or it would publish what is not finished.
+            if error is None:
+                with disk_errors(self._out):
+                    self._finish()
+        except BaseException as late:
+            self._stack.__exit__(type(late), late, late.__traceback__)
+            raise
+        else:
+            self._stack.__exit__(kind, error, trace)
+        finally:
+            if self._shard is not None:
+                self._shard.abandon()
+
+    def add_matrix(self, name: str, shape: tuple[int, int], pieces: Iterable[PackedMatrix]) -> None:
+        """Writes w[N, K], given whole or as consecutive runs of rows.
+
+        Every piece but the last holds a multiple of PANEL rows; all share bits, group_size, affine,
+        zero and columns. Raises ShapeError when they do not make up `shape`, BudgetError when the
+        disk is full.
+        """
+        first: PackedMatrix | None = None
+        scales: list[F16] = []
+        offsets: list[F16] = []
+        rows = planes_bytes = 0
+        for piece in pieces:
+            if first is None:
+                first = piece
+                record, shard = self._begin_matrix(name, shape, piece)
+            if _traits(piece) != _traits(first) or rows % PANEL:
+                raise ShapeError(
+                    f"{name}: rows {rows}.. are packed unlike the rows before, wanted one bits, "
+                    f"group_size and affine, and whole panels; pack the matrix again"
+                )
+            with disk_errors(self._out):
+                shard.write(piece.planes)
+            planes_bytes += piece.planes.nbytes
+            rows += piece.shape[0]
+            scales.append(piece.scales)
+            if piece.offsets is not None:
+                offsets.append(piece.offsets)
+        if first is None or rows != shape[0]:
+            raise ShapeError(f"{name}: found {rows} packed rows, wanted {shape[0]}; pack them all")
+        bodies: dict[str, npt.NDArray[Any]] = {".scales": np.concatenate(scales)}
+        if offsets:
+            bodies[".offsets"] = np.concatenate(offsets)
+        if first.columns is not None:
+            bodies[".columns"] = first.columns
+        with disk_errors(self._out):
+            for part in record.parts():
+                if part.suffix == ".planes":
+                    shard.close_tensor(name, part, written=planes_bytes)
+                else:
+                    shard.write_tensor(name, part, bodies[part.suffix])
+        self._records[name] = record
+
+    def add_vector(self, name: str, values: F32) -> None:
+        """Writes f32 [L]. Raises ShapeError unless values is 1-D and not empty."""
+        if values.ndim != 1 or not values.size:
+            raise ShapeError(f"{name}: found shape {values.shape}, wanted one dimension [L]")
+        record = layout.VectorRecord(shape=(values.size,), file="")
+        (part,) = record.parts()
+        shard = self._shard_for(name, part.stored_bytes)
+        with disk_errors(self._out):
+            shard.write_tensor(name, part, values.astype("<f4", copy=False))
+        self._records[name] = replace(record, file=shard.name)
+
+    def _begin_matrix(
+        self, name: str, shape: tuple[int, int], piece: PackedMatrix
+    ) -> tuple[layout.MatrixRecord, _Shard]:
+        record = layout.MatrixRecord(
+            shape=shape,
+            bits=piece.bits,
+            group_size=piece.group_size,
+            affine=piece.affine,
+            zero=piece.zero if piece.affine is Affine.SYMMETRIC else 0,
+            columns=piece.columns is not None,
+            file="",
+        )
+        shard = self._shard_for(name, sum(part.stored_bytes for part in record.parts()))
+        return replace(record, file=shard.name), shard
+
+    def _shard_for(self, name: str, stored_bytes: int) -> _Shard:
+        if name not in self._names or name in self._records:
+            raise ShapeError(f"{name}: added twice or missing from the writer's names")
+        shard = self._shard
+        if shard is not None and shard.n_bytes + stored_bytes > self._max_shard_bytes:
+            with disk_errors(self._out):
+                self._close_shard()
+            shard = None
+        if shard is None:
+            number = 1 + sum(file.endswith(".safetensors") for file in self._files)
+            path = self._directory / f"model-{number:05}.safetensors"
+            with disk_errors(self._out):
+                shard = self._shard = _Shard(path, self._names)
+        return shard
+
+    def _close_shard(self) -> None:
+        if self._shard is not None:
+            self._shard.finish()
+            self._list_file(self._shard.name)
+            self._shard = None
+
+    def _finish(self) -> None:
+        self._close_shard()
+        tokenizer = self._tokenizer
+        self._add_file(layout.CONFIG, _json(self._config))
+        self._add_file(layout.TOKENIZER, tokenizer.tokenizer_json)
+        self._add_file(layout.TOKENIZER_CONFIG, _json(tokenizer.tokenizer_config))
+        self._add_file(layout.GENERATION_CONFIG, _json(tokenizer.generation_config))
+        if tokenizer.chat_template is not None:
+            self._add_file(layout.CHAT_TEMPLATE, tokenizer.chat_template)
+        manifest = {
+            "format": layout.FORMAT,
+            "layout": layout.LAYOUT,
+            "source": self._source,
+            "recipe": self._recipe,
+            "files": self._files,
+            "tensors": {name: record.to_json() for name, record in self._records.items()},
+        }
+        _write_synced(self._directory / layout.MANIFEST, _json(manifest))
+
+    def _add_file(self, name: str, text: str) -> None:
+        _write_synced(self._directory / name, text)
+        self._list_file(name)
+
+    def _list_file(self, name: str) -> None:
+        with (self._directory / name).open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            self._files[name] = {"size": file.seek(0, os.SEEK_END), "sha256": digest}
+
+
+class _Shard:
+    """One safetensors file: data is streamed behind room for the header, which is written last."""
+
+    def __init__(self, path: Path, names: frozenset[str]) -> None:
+        most_parts = 4  # planes, scales, offsets, columns
+        room = sum(
+            most_parts * (len(json.dumps(name)) + len(".offsets") + _ENTRY_BYTES) for name in names
+        )
+        self.name = path.name
+        self._data_start = layout.align(8 + room + _ENTRY_BYTES)
+        # Unbuffered: a buffered file writes when it is closed, and fails again on a full disk.
+        self._file = io.FileIO(path, "x")
+        self._file.seek(self._data_start)
+        self._at = 0
+        self._entries: dict[str, Any] = {"__metadata__": {"format": layout.FORMAT}}
+
+    @property
+    def n_bytes(self) -> int:
+        return self._data_start + self._at
+
+    def write(self, values: npt.NDArray[Any]) -> None:
+        view = np.ascontiguousarray(values).data.cast("B")
+        while view:  # a raw write may be short, above all just before the disk is full
+            written = self._file.write(view)
+            assert written, "a blocking file wrote nothing"
+            view = view[written:]
+
+    def write_tensor(self, name: str, part: layout.Part, values: npt.NDArray[Any]) -> None:
+        self.write(values)
+        self.close_tensor(name, part, written=values.nbytes)
+
+    def close_tensor(self, name: str, part: layout.Part, *, written: int) -> None:
+        """Pads what was written since the last tensor and lists it.
+
+        Raises ShapeError unless that is the size of the part.
+        """
+        if written != part.n_bytes:
+            raise ShapeError(
+                f"{name}{part.suffix}: found {written} bytes, wanted {part.n_bytes}; pack it again"
+            )
+        self.write(np.zeros(part.stored_bytes - written, np.uint8))
+        end = self._at + part.stored_bytes
+        self._entries[name + part.suffix] = {
+            "dtype": part.dtype,
+            "shape": [part.stored_items],
+            "data_offsets": [self._at, end],
+        }
+        self._at = end
+
+    def finish(self) -> None:
+        header = json.dumps(self._entries, separators=(",", ":")).encode()
+        room = self._data_start - 8
+        assert len(header) <= room, "the header outgrew the room kept for it"
+        self._file.seek(0)
+        prefix = room.to_bytes(8, "little") + header.ljust(room)
+        self.write(np.frombuffer(prefix, np.uint8))
+        os.fsync(self._file.fileno())
+        self._file.close()
+
+    def abandon(self) -> None:
+        self._file.close()
+
+
+def _traits(piece: PackedMatrix) -> tuple[Any, ...]:
+    has_offsets = piece.offsets is not None
+    return piece.bits, piece.group_size, piece.affine, piece.zero, piece.shape[1], has_offsets
+
+
+def _check_replaceable(out: Path, *, overwrite: bool) -> None:
+    if not out.exists():
+        return
+    if not out.is_dir():
+        raise EluteError(f"{out}: is a file, wanted a directory; choose another name")
+    if not any(out.iterdir()):
+        return
+    manifest = out / layout.MANIFEST
+    # Only what elute wrote is ever deleted, however hard it is forced.
+    if not manifest.is_file() or layout.FORMAT.encode() not in manifest.read_bytes()[:1024]:
+        raise EluteError(
+            f"{out}: holds something other than a packed model; choose another directory"
+        )
+    if not overwrite:
+        raise EluteError(f"{out}: holds a packed model already; force the conversion to replace it")
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    try:
+        return json.dumps(value, indent=1, allow_nan=False, default=_plain)
+    except ValueError as error:
+        raise FormatError(f"config.json: cannot be written ({error}); repair the source") from None
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, np.generic):
+        return value.item()
+    if isinstance(value, Mapping):
+        return dict(value)
+    raise TypeError(f"{type(value).__name__} has no JSON form")
+
+
+def _write_synced(path: Path, text: str) -> None:
+    try:
+        body = text.encode()
+    except UnicodeEncodeError as error:
+        raise FormatError(
+            f"{path.name}: cannot be written ({error.reason}); repair the source's text"
+        ) from None
+    with path.open("xb") as file:
+        file.write(body)
+        file.flush()
+        os.fsync(file.fileno())

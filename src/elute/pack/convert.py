@@ -1,0 +1,209 @@
+"""Any checkpoint into a packed directory, tensor by tensor. Knows no kernel and no architecture."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elute.errors import FormatError, UnsupportedError
+from elute.formats.packed import PackedModel, PackedWriter
+from elute.formats.packed_writer import MAX_SHARD_BYTES
+from elute.pack.quads import check_groups, pack
+from elute.quantize import rtn, ternary
+from elute.quantize.recipe import HEAD, Recipe, Rule, Scheme
+from elute.types import F32, PANEL, Checkpoint, PackedMatrix, QuantizedMatrix
+
+log = logging.getLogger(__name__)
+
+Progress = Callable[[int, int, str], None]
+_CHUNK_WEIGHTS = (
+    1 << 22
+)  # 4 MB of codes, 16 MB of f32: large against the cost of a call, else small
+
+
+def convert(
+    checkpoint: Checkpoint,
+    out: Path,
+    recipe: Recipe,
+    *,
+    tensors: Sequence[str] | None = None,
+    progress: Progress | None = None,
+    force: bool = False,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> PackedModel:
+    """Quantizes what is not yet codes, packs everything into the directory `out` and opens it.
+
+    tensors   the names wanted, in the order in which they are to lie; by default all of the
+              checkpoint's matrices and vectors, without the head when it is tied to the embedding
+    progress  called with (weights done, weights in all, tensor just written)
+    force     replaces a packed model that `out` holds already
+
+    Memory: one tensor as the checkpoint reads it, its scales, and chunks of a few rows.
+    `out` appears when it is complete, or not at all.
+
+    Raises FormatError for missing tensors and weights that are not finite, UnsupportedError for
+    tensors of other ranks, ShapeError for matrices that no group packs, BudgetError when the disk
+    is full, EluteError when `out` may not be written.
+    """
+    names = _wanted(checkpoint, tensors)
+    shapes = {name: checkpoint.shape(name) for name in names}
+    for name, shape in shapes.items():
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise UnsupportedError(
+                f"{checkpoint.source}: {name} has shape {list(shape)}, wanted a matrix or a "
+                f"vector; this model cannot be packed"
+            )
+    done, total = 0, sum(int(np.prod(shape)) for shape in shapes.values())
+    report = _Report()
+    with PackedWriter(
+        out,
+        names=names,
+        config=checkpoint.config,
+        tokenizer=checkpoint.tokenizer_files(),
+        source=checkpoint.source,
+        recipe=recipe.to_json(),
+        overwrite=force,
+        max_shard_bytes=max_shard_bytes,
+    ) as writer:
+        for name, shape in shapes.items():
+            if len(shape) == 2:
+                pieces = _packed_pieces(checkpoint.read(name), name, recipe, report)
+                writer.add_matrix(name, (shape[0], shape[1]), pieces)
+            else:
+                writer.add_vector(name, _vector(checkpoint.read(name), name))
+            done += int(np.prod(shape))
+            if progress is not None:
+                progress(done, total, name)
+    report.write(checkpoint.source)
+    return PackedModel.open(out)
+
+
+class _Report:
+    """What happened to the matrices, gathered so that each kind of event is one line."""
+
+    def __init__(self) -> None:
+        self.kept: Counter[int] = Counter()  # by bits
+        self.requantized = 0
+        self.regrouped: Counter[tuple[int, int | None, int]] = Counter()  # by K, wanted, used
+
+    def write(self, source: str) -> None:
+        if self.kept:
+            widths = ", ".join(f"{n} at {bits} bits" for bits, n in sorted(self.kept.items()))
+            log.info(
+                "%s: kept the codes of %d quantized matrices (%s); the recipe is not applied to "
+                "them unless it says requantize",
+                source,
+                self.kept.total(),
+                widths,
+            )
+        if self.requantized:
+            log.warning("%s: quantized %d quantized matrices again", source, self.requantized)
+        for (k, wanted, used), n in self.regrouped.items():
+            log.warning(
+                "%s: %d matrices with K=%d take group_size=%d, because %s does not fit",
+                source,
+                n,
+                k,
+                used,
+                wanted,
+            )
+
+
+def _wanted(checkpoint: Checkpoint, tensors: Sequence[str] | None) -> list[str]:
+    available = dict.fromkeys(checkpoint.names())
+    if tensors is None:
+        names = [name for name in available if len(checkpoint.shape(name)) in (1, 2)]
+        if checkpoint.config.get("tie_word_embeddings") and HEAD in names:
+            names.remove(HEAD)
+    else:
+        names = list(dict.fromkeys(tensors))
+    missing = [name for name in names if name not in available]
+    if missing:
+        raise FormatError(
+            f"{checkpoint.source}: found no {_listing(missing)}; wanted by the model that "
+            f"config.json describes, so complete the checkpoint or correct config.json"
+        )
+    unused = [name for name in available if name not in set(names)]
+    if unused:
+        log.info(
+            "%s: leaves out %s, which the model does not use", checkpoint.source, _listing(unused)
+        )
+    return names
+
+
+def _listing(names: Sequence[str]) -> str:
+    shown = ", ".join(names[:8])
+    return shown if len(names) <= 8 else f"{shown} and {len(names) - 8} more"
+
+
+def _vector(values: npt.NDArray[Any] | QuantizedMatrix, name: str) -> F32:
+    if isinstance(values, QuantizedMatrix):
+        raise UnsupportedError(f"{name}: is a quantized vector, wanted floats; keep it in float")
+    wide = np.ascontiguousarray(values, dtype=np.float32)
+    if not np.isfinite(wide).all():
+        at = int(np.flatnonzero(~np.isfinite(wide))[0])
+        raise FormatError(
+            f"{name}: weight [{at}] is {wide[at]}, wanted a finite number; repair or re-download "
+            f"the checkpoint"
+        )
+    return wide
+
+
+def _packed_pieces(
+    w: npt.NDArray[Any] | QuantizedMatrix, name: str, recipe: Recipe, report: _Report
+) -> Iterator[PackedMatrix]:
+    """Runs of whole panels of w, quantized by the recipe where they are not codes already."""
+    n, k = w.shape
+    rule = recipe.rule_for(name)
+    quantized = isinstance(w, QuantizedMatrix)
+    keep = quantized and (rule.scheme is Scheme.KEEP or not recipe.requantize)
+    if keep:
+        assert isinstance(w, QuantizedMatrix)
+        check_groups(k, w.group_size, where=name)
+        report.kept[w.bits] += 1
+    else:
+        if rule.scheme is Scheme.KEEP:
+            raise UnsupportedError(
+                f"{name}: the recipe keeps it, but the checkpoint holds floats; give it bits=8"
+            )
+        fitted = rule.for_columns(k, where=name)
+        if rule.group_size is not None and fitted.group_size != rule.group_size:
+            report.regrouped[k, rule.group_size, fitted.group_size or k] += 1
+        report.requantized += quantized
+        rule = fitted
+    step = max(1, _CHUNK_WEIGHTS // (PANEL * k)) * PANEL
+    for first in range(0, n, step):
+        rows = slice(first, first + step)
+        if isinstance(w, QuantizedMatrix):
+            part = _rows(w, rows)
+            if not keep:
+                part = _quantize(part.dequantize(), rule, name, first)
+        else:
+            part = _quantize(w[rows], rule, name, first)
+        yield pack(part, where=name)
+
+
+def _quantize(w: npt.NDArray[Any], rule: Rule, name: str, first_row: int) -> QuantizedMatrix:
+    group_size = rule.group_size or w.shape[1]
+    if rule.scheme is Scheme.TERNARY:
+        return ternary.quantize(w, group_size=group_size, where=name, first_row=first_row)
+    return rtn.quantize(
+        w,
+        bits=rule.bits,
+        group_size=group_size,
+        symmetric=rule.scheme is Scheme.SYMMETRIC,
+        where=name,
+        first_row=first_row,
+    )
+
+
+def _rows(matrix: QuantizedMatrix, rows: slice) -> QuantizedMatrix:
+    offsets = None if matrix.offsets is None else matrix.offsets[:, rows]
+    return replace(matrix, codes=matrix.codes[rows], scales=matrix.scales[:, rows], offsets=offsets)
