@@ -1,0 +1,177 @@
+#include "executor.h"
+
+#include <algorithm>
+
+#include "bind/bind.h"
+
+namespace elute {
+namespace {
+
+// Checks every index once, when an op is added, and keeps the arrays alive that the executor points into.
+class BoundExecutor {
+ public:
+  BoundExecutor(const std::string& isa, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
+                int head_width)
+      : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_width_(head_width) {
+    if (n_threads < 1 || n_threads > 512) throw std::invalid_argument("n_threads: wanted 1 to 512");
+    if (context < 1 || chunk < 1 || n_layers < 1 || n_kv_heads < 1 || head_width < 2 || head_width % 2)
+      throw std::invalid_argument("executor: sizes must be positive and head_width even");
+    executor_ = std::make_unique<Executor>(kernels_named(isa), n_threads, context, chunk, n_layers, n_kv_heads,
+                                           head_width);
+  }
+
+  int add_register(int width) {
+    if (width < 1) throw std::invalid_argument("register: wanted a positive width");
+    widths_.push_back(width);
+    return executor_->add_register(width);
+  }
+  int add_matrix(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n,
+                 int k, int bits, int group_size, int zero, const std::string& affine) {
+    matrices_.push_back(matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine));
+    kept_.push_back(nb::cast(planes));
+    kept_.push_back(nb::cast(scales));
+    if (offsets) kept_.push_back(nb::cast(*offsets));
+    return executor_->add_matrix(matrices_.back());
+  }
+  int add_rope_table(std::vector<float> inverse_frequencies, float factor) {
+    rope_halves_.push_back(static_cast<int>(inverse_frequencies.size()));
+    return executor_->add_rope_table(std::move(inverse_frequencies), factor);
+  }
+
+  void embed(int matrix, int output, float scale) {
+    want(width(output) == at(matrix).k, "embed: output width");
+    add(EmbedOp{matrix, output, scale});
+  }
+  void rms_norm(int input, int output, std::vector<float> weight, int n_runs, float eps) {
+    const int w = static_cast<int>(weight.size());
+    want(w > 0 && n_runs > 0 && w * n_runs == width(input) && width(output) == width(input), "rms_norm: widths");
+    add(RmsNormOp{input, output, std::move(weight), w, n_runs, eps});
+  }
+  void linear(int input, std::vector<int> matrices, std::vector<int> outputs, std::vector<std::vector<float>> biases,
+              std::vector<int32_t> columns) {
+    want(!matrices.empty() && matrices.size() == outputs.size() && matrices.size() == biases.size(), "linear: counts");
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      want(at(matrices[i]).k == width(input) && at(matrices[i]).n == width(outputs[i]), "linear: widths");
+      want(outputs[i] != input, "linear: output is the input");
+      want(biases[i].empty() || static_cast<int>(biases[i].size()) == width(outputs[i]), "linear: bias");
+    }
+    check_columns(columns, width(input));
+    add(LinearOp{input, std::move(matrices), std::move(outputs), std::move(biases), std::move(columns)});
+  }
+  void rope(int reg, int head_width, int table) {
+    want(table >= 0 && table < static_cast<int>(rope_halves_.size()) && rope_halves_[table] * 2 == head_width,
+         "rope: table");
+    want(width(reg) % head_width == 0, "rope: widths");
+    add(RopeOp{reg, head_width, width(reg) / head_width, table});
+  }
+  void attention(int query, int key, int value, int output, int layer, int n_heads, int n_kv_heads, int head_width,
+                 float scale, int window, float softcap) {
+    want(head_width == head_width_ && n_kv_heads == n_kv_heads_ && layer >= 0 && layer < n_layers_,
+         "attention: the cache was built for other sizes");
+    want(n_heads > 0 && n_heads % n_kv_heads == 0, "attention: heads");
+    want(width(query) == n_heads * head_width && width(output) == width(query), "attention: query widths");
+    want(width(key) == n_kv_heads * head_width && width(value) == width(key), "attention: key widths");
+    want(window >= 0 && softcap >= 0, "attention: window");
+    add(AttentionOp{query, key, value, output, layer, n_heads, n_kv_heads, head_width, scale, window, softcap});
+  }
+  void gate(int gate, int up, int output, const std::string& activation) {
+    want(width(gate) == width(up) && width(gate) == width(output), "gate: widths");
+    Activation a = Activation::silu;
+    if (activation == "gelu_tanh") a = Activation::gelu_tanh;
+    else if (activation == "relu2") a = Activation::relu2;
+    else want(activation == "silu", "gate: activation");
+    add(GateOp{gate, up, output, a});
+  }
+  void add_to(int input, int output) {
+    want(width(input) == width(output), "add: widths");
+    add(AddOp{input, output});
+  }
+  void head(int input, int matrix, std::vector<int32_t> columns, float softcap) {
+    want(at(matrix).k == width(input), "head: widths");
+    check_columns(columns, width(input));
+    add(HeadOp{input, matrix, std::move(columns), softcap});
+  }
+  void finish() {
+    want(executor_->vocabulary() > 0 && executor_->embedding_rows() > 0, "executor: no embed or no head");
+    executor_->finish();
+    finished_ = true;
+  }
+
+  nb::object forward(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits) {
+    want(finished_, "forward: not finished");
+    const int n = static_cast<int>(tokens.shape(0));
+    want(n >= 1 && n <= executor_->chunk(), "forward: tokens beyond the chunk");
+    want(position >= 0 && position <= executor_->context() - n, "forward: position beyond the context");
+    for (int i = 0; i < n; ++i)
+      want(tokens.data()[i] >= 0 && tokens.data()[i] < executor_->embedding_rows(), "forward: token id");
+    if (!want_logits) {
+      nb::gil_scoped_release release;
+      executor_->forward(tokens.data(), n, position, false, nullptr);
+      return nb::none();
+    }
+    const size_t rows = all_logits ? n : 1, vocabulary = executor_->vocabulary();
+    auto logits = std::make_unique_for_overwrite<float[]>(rows * vocabulary);
+    {
+      nb::gil_scoped_release release;
+      executor_->forward(tokens.data(), n, position, all_logits, logits.get());
+    }
+    return owned_array(std::move(logits), {rows, vocabulary});
+  }
+
+ private:
+  static void want(bool holds, const char* what) {
+    if (!holds) throw std::invalid_argument(std::string(what) + " do not fit");
+  }
+  int width(int reg) const {
+    want(reg >= 0 && reg < static_cast<int>(widths_.size()), "register ids");
+    return widths_[reg];
+  }
+  const MatrixView& at(int matrix) const {
+    want(matrix >= 0 && matrix < static_cast<int>(matrices_.size()), "matrix ids");
+    return matrices_[matrix];
+  }
+  static void check_columns(const std::vector<int32_t>& columns, int k) {
+    want(columns.empty() || static_cast<int>(columns.size()) == k, "columns");
+    for (int32_t c : columns) want(c >= 0 && c < k, "columns");
+  }
+  void add(Op op) {
+    want(!finished_, "ops after finish()");
+    executor_->add_op(std::move(op));
+  }
+
+  int n_layers_, n_kv_heads_, head_width_;
+  bool finished_ = false;
+  std::vector<int> widths_, rope_halves_;
+  std::vector<MatrixView> matrices_;
+  std::vector<nb::object> kept_;
+  std::unique_ptr<Executor> executor_;
+};
+
+}  // namespace
+
+void bind_executor(nb::module_& m) {
+  nb::class_<BoundExecutor>(m, "Executor")
+      .def(nb::init<const std::string&, int, int, int, int, int, int>(), nb::arg("isa"), nb::arg("n_threads"),
+           nb::arg("context"), nb::arg("chunk"), nb::arg("n_layers"), nb::arg("n_kv_heads"), nb::arg("head_width"))
+      .def("add_register", &BoundExecutor::add_register, nb::arg("width"))
+      .def("add_matrix", &BoundExecutor::add_matrix, nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(),
+           nb::arg("n"), nb::arg("k"), nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"))
+      .def("add_rope_table", &BoundExecutor::add_rope_table, nb::arg("inverse_frequencies"), nb::arg("factor"))
+      .def("embed", &BoundExecutor::embed, nb::arg("matrix"), nb::arg("output"), nb::arg("scale"))
+      .def("rms_norm", &BoundExecutor::rms_norm, nb::arg("input"), nb::arg("output"), nb::arg("weight"),
+           nb::arg("n_runs"), nb::arg("eps"))
+      .def("linear", &BoundExecutor::linear, nb::arg("input"), nb::arg("matrices"), nb::arg("outputs"),
+           nb::arg("biases"), nb::arg("columns"))
+      .def("rope", &BoundExecutor::rope, nb::arg("register"), nb::arg("head_width"), nb::arg("table"))
+      .def("attention", &BoundExecutor::attention, nb::arg("query"), nb::arg("key"), nb::arg("value"),
+           nb::arg("output"), nb::arg("layer"), nb::arg("n_heads"), nb::arg("n_kv_heads"), nb::arg("head_width"),
+           nb::arg("scale"), nb::arg("window"), nb::arg("softcap"))
+      .def("gate", &BoundExecutor::gate, nb::arg("gate"), nb::arg("up"), nb::arg("output"), nb::arg("activation"))
+      .def("add", &BoundExecutor::add_to, nb::arg("input"), nb::arg("output"))
+      .def("head", &BoundExecutor::head, nb::arg("input"), nb::arg("matrix"), nb::arg("columns"), nb::arg("softcap"))
+      .def("finish", &BoundExecutor::finish)
+      .def("forward", &BoundExecutor::forward, nb::arg("tokens"), nb::arg("position"), nb::arg("all_logits") = false,
+           nb::arg("want_logits") = true);
+}
+
+}  // namespace elute

@@ -1,0 +1,167 @@
+// The matmul kernels one by one, for tests and benchmarks: arrays in, arrays out.
+#include "bind/bind.h"
+
+#include <cstdlib>
+#include <cstring>
+
+namespace elute {
+
+MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets,
+                       int n, int k, int bits, int group_size, int zero, const std::string& affine) {
+  const auto refuse = [](const std::string& what) { throw std::invalid_argument("matrix: " + what); };
+  if (bits < 1 || bits > 8) refuse("bits=" + std::to_string(bits) + ", wanted 1 to 8");
+  if (n < 1 || k < kLutWidth || k % kLutWidth) refuse("shape [" + std::to_string(n) + ", " + std::to_string(k) + "]");
+  const bool groups_fit = group_size == k || (group_size >= kSumRun && k % group_size == 0 &&
+                                              (kActBlock % group_size == 0 || group_size % kActBlock == 0));
+  if (!groups_fit) refuse("group_size=" + std::to_string(group_size) + " does not fit K=" + std::to_string(k));
+  MatrixView view{planes.data(), nullptr, nullptr, n, k, bits, group_size, zero, Affine::symmetric};
+  if (affine == "zero") view.affine = Affine::zero;
+  else if (affine == "min") view.affine = Affine::min;
+  else if (affine != "symmetric") refuse("affine '" + affine + "'");
+  if (static_cast<int64_t>(planes.size()) < view.n_panels() * view.panel_bytes() + kPlanesPadding)
+    refuse("planes hold " + std::to_string(planes.size()) + " bytes, wanted " +
+           std::to_string(view.n_panels() * view.panel_bytes() + kPlanesPadding) + " with padding");
+  const auto halves = [&](const HalvesIn& a, const char* name) {
+    if (a.dtype().code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || a.dtype().bits != 16)
+      refuse(std::string(name) + " are not float16");
+    if (static_cast<int>(a.shape(0)) != view.n_panels() || static_cast<int>(a.shape(1)) != view.n_groups() ||
+        a.shape(2) != kPanel)
+      refuse(std::string(name) + " have the wrong shape");
+    return static_cast<const uint16_t*>(a.data());
+  };
+  view.scales = halves(scales, "scales");
+  if (view.affine != Affine::symmetric) {
+    if (!offsets) refuse("offsets are missing");
+    view.offsets = halves(*offsets, "offsets");
+  }
+  return view;
+}
+
+namespace {
+
+struct Free {
+  void operator()(void* p) const { std::free(p); }
+};
+template <typename T>
+std::unique_ptr<T[], Free> aligned(int64_t count) {
+  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
+  void* p = std::aligned_alloc(64, bytes);
+  if (!p) throw std::bad_alloc();
+  std::memset(p, 0, bytes);
+  return std::unique_ptr<T[], Free>(static_cast<T*>(p));
+}
+
+// Owns quantized activations.
+struct Activations {
+  int rows, blocks;
+  std::unique_ptr<int8_t[], Free> q;
+  std::unique_ptr<float[], Free> scales;
+  std::unique_ptr<int32_t[], Free> sums, lows;
+  std::unique_ptr<uint8_t[], Free> tables;
+  ActivationsView view;
+
+  Activations(const KernelTable& kernels, const ArrayIn<float, 2>& x, bool with_tables)
+      : rows(static_cast<int>(x.shape(0))), blocks(static_cast<int>((x.shape(1) + kActBlock - 1) / kActBlock)) {
+    const int64_t width = int64_t{blocks} * kActBlock;
+    q = aligned<int8_t>(rows * width);
+    scales = aligned<float>(rows * blocks);
+    sums = aligned<int32_t>(rows * width / kSumRun);
+    if (with_tables) {
+      lows = aligned<int32_t>(rows * width / kSumRun);
+      tables = aligned<uint8_t>(rows * width / kLutWidth * kTableBytes);
+    }
+    view = {q.get(), scales.get(), sums.get(), tables.get(), lows.get(), blocks};
+    const int k = static_cast<int>(x.shape(1));
+    for (int r = 0; r < rows; ++r) kernels.matmul->quantize(x.data() + int64_t{r} * k, k, view.from_row(r));
+  }
+};
+
+template <typename T, typename D>
+nb::object copied(const std::unique_ptr<T[], D>& data, std::initializer_list<size_t> shape) {
+  size_t count = 1;
+  for (size_t s : shape) count *= s;
+  auto copy = std::make_unique<T[]>(count);
+  std::memcpy(copy.get(), data.get(), count * sizeof(T));
+  return owned_array(std::move(copy), shape);
+}
+
+}  // namespace
+
+void bind_kernels(nb::module_& m) {
+  m.def(
+      "quantize_activations",
+      [](const std::string& isa, const ArrayIn<float, 2>& x) {
+        const Activations a(kernels_named(isa), x, true);
+        const size_t rows = a.rows, blocks = a.blocks, runs = blocks * (kActBlock / kSumRun);
+        return nb::make_tuple(copied(a.q, {rows, blocks * kActBlock}), copied(a.scales, {rows, blocks}),
+                              copied(a.sums, {rows, runs}),
+                              copied(a.tables, {rows, blocks * kBlockQuads, size_t{kTableBytes}}),
+                              copied(a.lows, {rows, runs}));
+      },
+      nb::arg("isa"), nb::arg("x"), "x f32 [M, K] -> (q, scales, sums of 16, tables, lows of 16)");
+
+  m.def(
+      "lut_matmul",
+      [](const std::string& isa, const ArrayIn<float, 2>& x, const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales,
+         const std::optional<HalvesIn>& offsets, int n, int bits, int group_size, int zero, const std::string& affine,
+         const std::optional<ArrayIn<float, 1>>& bias, bool lookup) {
+        const KernelTable& kernels = kernels_named(isa);
+        const int k = static_cast<int>(x.shape(1)), rows = static_cast<int>(x.shape(0));
+        const MatrixView w = matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine);
+        if (bias && static_cast<int>(bias->shape(0)) != n) throw std::invalid_argument("bias: wanted [N]");
+        auto y = std::make_unique<float[]>(int64_t{rows} * n);
+        {
+          nb::gil_scoped_release release;
+          const Activations a(kernels, x, lookup);
+          const float* b = bias ? bias->data() : nullptr;
+          if (lookup) {
+            for (int r = 0; r < rows; ++r)
+              kernels.matmul->lut_matmul(w, a.view.from_row(r), 0, w.n_panels(), b, y.get() + int64_t{r} * n);
+          } else {
+            auto scratch = aligned<uint8_t>(gemm_scratch_bytes(k));
+            kernels.matmul->lut_gemm(w, a.view, rows, 0, w.n_panels(), b, y.get(), n, scratch.get());
+          }
+        }
+        return owned_array(std::move(y), {static_cast<size_t>(rows), static_cast<size_t>(n)});
+      },
+      nb::arg("isa"), nb::arg("x"), nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"),
+      nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), nb::arg("bias").none() = nb::none(),
+      nb::arg("lookup") = true,
+      "y f32 [M, N] = x @ w.T by lookup, or with lookup=False by dequantize and multiply; the same bits.");
+
+  m.def(
+      "lut_dequant",
+      [](const std::string& isa, const ArrayIn<uint8_t, 1>& planes, int n, int k, int bits) {
+        const KernelTable& kernels = kernels_named(isa);
+        if (bits < 1 || bits > 8 || n < 1 || k < kLutWidth || k % kLutWidth)
+          throw std::invalid_argument("lut_dequant: bad shape or bits");
+        const MatrixView w{planes.data(), nullptr, nullptr, n, k, bits, k, 0, Affine::symmetric};
+        if (static_cast<int64_t>(planes.size()) < w.n_panels() * w.panel_bytes() + kPlanesPadding)
+          throw std::invalid_argument("lut_dequant: planes are too short");
+        auto codes = std::make_unique<uint8_t[]>(int64_t{n} * k);
+        auto panel_codes = aligned<uint8_t>(gemm_scratch_bytes(k));
+        for (int panel = 0; panel < w.n_panels(); ++panel) {
+          kernels.matmul->lut_dequant(w, panel, panel_codes.get());
+          for (int i = 0; i < kPanel && panel * kPanel + i < n; ++i)
+            for (int column = 0; column < k; ++column)
+              codes[(int64_t{panel} * kPanel + i) * k + column] =
+                  panel_codes[(int64_t{column / kLutWidth} * kPanel + i) * kLutWidth + column % kLutWidth];
+        }
+        return owned_array(std::move(codes), {static_cast<size_t>(n), static_cast<size_t>(k)});
+      },
+      nb::arg("isa"), nb::arg("planes"), nb::arg("n"), nb::arg("k"), nb::arg("bits"), "-> codes u8 [N, K]");
+
+  m.def(
+      "dequant_rows",
+      [](const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k,
+         int bits, int group_size, int zero, const std::string& affine) {
+        const MatrixView w = matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine);
+        auto out = std::make_unique<float[]>(int64_t{n} * k);
+        for (int row = 0; row < n; ++row) dequant_row(w, row, out.get() + int64_t{row} * k);
+        return owned_array(std::move(out), {static_cast<size_t>(n), static_cast<size_t>(k)});
+      },
+      nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"), nb::arg("k"), nb::arg("bits"),
+      nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), "-> w f32 [N, K], stored column order");
+}
+
+}  // namespace elute

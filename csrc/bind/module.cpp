@@ -1,0 +1,22 @@
+#include "bind/bind.h"
+
+NB_MODULE(_native, m) {
+  m.doc() = "elute's native kernels and executor; elute.kernels and elute.runtime are the public side";
+  m.def(
+      "isas",
+      [] {
+        std::vector<std::string> names;
+        for (const auto& table : elute::available_kernels()) names.emplace_back(table.isa);
+        return names;
+      },
+      "Instruction-set levels that this CPU runs, slowest first.");
+  m.def("best_isa", [] { return std::string(elute::best_kernels().isa); });
+#ifdef ELUTE_EMULATE_AVX512
+  m.attr("emulates_avx512") = true;
+#else
+  m.attr("emulates_avx512") = false;
+#endif
+  elute::bind_kernels(m);
+  elute::bind_float_kernels(m);
+  elute::bind_executor(m);
+}

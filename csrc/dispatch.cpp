@@ -1,0 +1,44 @@
+#include "dispatch.h"
+
+namespace elute {
+namespace {
+
+std::vector<KernelTable> detect() {
+  std::vector<KernelTable> found = {{"scalar", &matmul_kernels_scalar, &float_kernels_scalar}};
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    found.push_back({"avx2", &matmul_kernels_avx2, &float_kernels_avx2});
+#if defined(ELUTE_EMULATE_AVX512)
+  const bool avx512 = found.size() == 2;
+#else
+  const bool avx512 = found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+                      __builtin_cpu_supports("avx512vnni");
+#endif
+  if (avx512) found.push_back({"avx512", &matmul_kernels_avx512, &float_kernels_avx512});
+#endif
+  return found;
+}
+
+}  // namespace
+
+const std::vector<KernelTable>& available_kernels() {
+  static const std::vector<KernelTable> kernels = detect();
+  return kernels;
+}
+
+const KernelTable* find_kernels(std::string_view isa) {
+  for (const KernelTable& table : available_kernels())
+    if (table.isa == isa) return &table;
+  return nullptr;
+}
+
+const KernelTable& best_kernels() {
+#if defined(ELUTE_EMULATE_AVX512)
+  if (const KernelTable* avx2 = find_kernels("avx2")) return *avx2;
+#endif
+  return available_kernels().back();
+}
+
+}  // namespace elute

@@ -1,0 +1,128 @@
+// Runs an op list for the tokens of a chunk in one call. Built once per model from Python (runtime/executor.py), which
+// also keeps the weights alive; knows no file format and no architecture.
+#pragma once
+#include <cstdint>
+#include <memory>
+#include <variant>
+#include <vector>
+
+#include "dispatch.h"
+#include "thread_pool.h"
+
+namespace elute {
+
+// Zeroed pages straight from the kernel: those that are never touched cost no memory.
+class Pages {
+ public:
+  Pages() = default;
+  explicit Pages(int64_t bytes);  // throws std::bad_alloc
+  ~Pages();
+  Pages(Pages&& other) noexcept;
+  Pages& operator=(Pages&& other) noexcept;
+  template <typename T>
+  T* as() const { return static_cast<T*>(data_); }
+
+ private:
+  void* data_ = nullptr;
+  int64_t bytes_ = 0;
+};
+
+struct EmbedOp {
+  int matrix, output;
+  float scale;
+};
+struct RmsNormOp {
+  int input, output;
+  std::vector<float> weight;
+  int width, n_runs;
+  float eps;
+};
+struct LinearOp {
+  // Weights that read the same input in the same column order: one quantization, one set of tables.
+  int input;
+  std::vector<int> matrices, outputs;
+  std::vector<std::vector<float>> biases;  // an empty one: none
+  std::vector<int32_t> columns;            // empty: as they are
+};
+struct RopeOp {
+  int reg, width, n_heads, table;
+};
+struct AttentionOp {
+  int query, key, value, output, layer, n_heads, n_kv_heads, width;
+  float scale;
+  int window;
+  float softcap;
+};
+struct GateOp {
+  int gate, up, output;
+  Activation activation;
+};
+struct AddOp {
+  int input, output;
+};
+struct HeadOp {
+  int input, matrix;
+  std::vector<int32_t> columns;
+  float softcap;
+};
+using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, AddOp, HeadOp>;
+
+class Executor {
+ public:
+  // context: positions in the cache, rounded up to whole tiles; chunk: most tokens of one call.
+  Executor(const KernelTable& kernels, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
+           int head_width);
+
+  int add_register(int width);
+  int add_matrix(const MatrixView& view);
+  int add_rope_table(std::vector<float> inverse_frequencies, float factor);
+  void add_op(Op op);
+  void finish();  // allocates; no additions after it
+
+  // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
+  // Indices are the caller's to check (bind/executor.cpp does).
+  void forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits);
+
+  int n_threads() const { return pool_.n_threads(); }
+  int chunk() const { return chunk_; }
+  int context() const { return context_; }
+  int vocabulary() const;
+  int embedding_rows() const;
+
+ private:
+  struct Call;
+  struct RopeTable {
+    std::vector<float> inverse_frequencies;
+    float factor;
+    std::vector<float> cos, sin;  // [chunk][width / 2] of the current call
+  };
+
+  void run(const EmbedOp&, const Call&, int thread);
+  void run(const RmsNormOp&, const Call&, int thread);
+  void run(const LinearOp&, const Call&, int thread);
+  void run(const RopeOp&, const Call&, int thread);
+  void run(const AttentionOp&, const Call&, int thread);
+  void run(const GateOp&, const Call&, int thread);
+  void run(const AddOp&, const Call&, int thread);
+  void run(const HeadOp&, const Call&, int thread);
+
+  float* row(int reg, int r) const { return registers_[reg].as<float>() + int64_t{r} * widths_[reg]; }
+  CacheView cache(int layer, int kv_head) const;
+  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
+                     int thread);
+  void multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy, int thread);
+
+  const KernelTable& kernels_;
+  ThreadPool pool_;
+  const int context_, chunk_, n_layers_, n_kv_heads_, head_width_;
+  std::vector<int> widths_;
+  std::vector<Pages> registers_;
+  std::vector<MatrixView> matrices_;
+  std::vector<RopeTable> rope_tables_;
+  std::vector<Op> ops_;
+  Pages cache_, q_, act_scales_, sums_, tables_, lows_;
+  std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_;
+  ActivationsView activations_{};
+};
+
+}  // namespace elute

@@ -1,0 +1,73 @@
+// Float kernels round the matmuls: norms, rotary embedding, gated activations, attention over an f16 cache.
+// All pointers may be unaligned unless said. No kernel allocates, throws or knows of threads; callers split rows.
+// Per row the order of float operations depends on nothing but that row: not on the chunk, the split or its neighbours,
+// so a token's result is the same alone and in a prompt.
+#pragma once
+#include <cstdint>
+
+namespace elute {
+
+constexpr int kCacheTile = 64;  // positions whose keys lie channel-major side by side: 8 AVX2 sums of 8 scores
+
+enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
+
+// The cache of one kv head of one layer. head_width D is a multiple of 2.
+//   keys    f16 [context / kCacheTile][D][kCacheTile]   channel-major tiles: scores of a tile are D broadcasts
+//   values  f16 [context][D]
+// context is a multiple of kCacheTile. Both 64-byte aligned.
+struct CacheView {
+  uint16_t* keys;
+  uint16_t* values;
+  int head_width;
+};
+
+// One block of queries against one kv head. Row r of the block is a query at `positions[r]` with its vector at
+// query + r * query_stride and its result at output + r * output_stride (strides in floats).
+struct AttentionBlock {
+  const float* query;
+  float* output;
+  const int64_t* query_offsets;   // [n_rows] in floats from `query`
+  const int64_t* output_offsets;  // [n_rows] in floats from `output`
+  const int32_t* positions;       // [n_rows], keys 0..position are visible
+  int n_rows;                     // at most kAttentionRows
+  float scale;
+  int window;     // 0: none; else keys at position-window+1 .. position
+  float softcap;  // 0: none
+};
+constexpr int kAttentionRows = 64;
+
+// Bytes of scratch that `attention` needs (64-byte aligned), for any block: one tile in f32, then per row a score for
+// each of its keys, the sums (D up to whole 16-lane vectors), the largest score and the total.
+constexpr int64_t attention_scratch_bytes(int head_width) {
+  const int64_t padded = (head_width + 15) / 16 * 16;
+  return 64 + 4 * (kCacheTile * padded + int64_t{kAttentionRows} * (kCacheTile + padded + 2));
+}
+
+struct FloatKernels {
+  // y = x / sqrt(mean(x^2) + eps) * w for each run of `width` values; n_runs runs share w. x may equal y.
+  void (*rms_norm)(const float* x, const float* w, float* y, int width, int n_runs, float eps);
+  // In place on n_heads heads of `width`: channel i turns with i + width/2. cos, sin: [width/2].
+  void (*rope)(float* x, const float* cos, const float* sin, int width, int n_heads);
+  // y = activation(gate) * up, n values. y may equal gate or up.
+  void (*gate)(const float* gate, const float* up, float* y, int64_t n, Activation activation);
+  // y += x
+  void (*add)(const float* x, float* y, int64_t n);
+  // x *= s ; and logits: x = cap * tanh(x / cap)
+  void (*scale)(float* x, float s, int64_t n);
+  void (*softcap)(float* x, float cap, int64_t n);
+  // f32 <-> f16, round to nearest even.
+  void (*to_f16)(const float* x, uint16_t* y, int64_t n);
+  void (*from_f16)(const uint16_t* x, float* y, int64_t n);
+  // Writes one position's key [D] and value [D] into the cache.
+  void (*cache_write)(const CacheView& cache, const float* key, const float* value, int position);
+  // Online softmax over tiles of kCacheTile keys in ascending order, tiles aligned to kCacheTile.
+  void (*attention)(const CacheView& cache, const AttentionBlock& block, void* scratch);
+};
+
+extern const FloatKernels float_kernels_scalar;
+#if defined(__x86_64__)
+extern const FloatKernels float_kernels_avx2;
+extern const FloatKernels float_kernels_avx512;
+#endif
+
+}  // namespace elute

@@ -1,0 +1,79 @@
+// Integer matmuls on quads: lookup for few rows (T-MAC), dequantize-and-multiply for many (T-MAN), same result.
+// docs/packed-format.md specifies the bytes; src/elute/kernels/*/reference.py the arithmetic, operation by operation.
+// No kernel allocates, throws or knows of threads: callers split panels.
+#pragma once
+#include <cstdint>
+
+// Shared headers are compiled once per ISA: an inline function that the linker could merge would take one ISA's code to
+// a CPU that lacks it, so these are never emitted.
+#define ELUTE_INLINE inline __attribute__((always_inline))
+
+namespace elute {
+
+constexpr int kLutWidth = 4;
+constexpr int kPanel = 32;                       // outputs packed side by side
+constexpr int kHalfPanel = kPanel / 2;           // low nibbles: outputs 0-15, high nibbles: 16-31
+constexpr int kActBlock = 64;                    // activations that share a scale
+constexpr int kBlockQuads = kActBlock / kLutWidth;
+constexpr int kSumRun = 16;                      // activations whose sum is kept: the smallest weight group
+constexpr int kTableBytes = 16;
+constexpr int kPlanesPadding = 64;               // bytes that kernels may read past the planes
+
+enum class Affine : int { symmetric = 0, zero = 1, min = 2 };
+
+struct MatrixView {
+  const uint8_t* planes;    // kPlanesPadding readable bytes must follow
+  const uint16_t* scales;   // f16 [n_panels][k / group_size][kPanel]
+  const uint16_t* offsets;  // like scales; null when symmetric
+  int n, k, bits, group_size, zero;
+  Affine affine;
+
+  ELUTE_INLINE int n_panels() const { return (n + kPanel - 1) / kPanel; }
+  ELUTE_INLINE int64_t panel_bytes() const { return int64_t{k / kLutWidth} * kHalfPanel * bits; }
+  ELUTE_INLINE int n_groups() const { return k / group_size; }
+};
+
+// Rows of activations after quantize. K is padded with zeros to whole blocks.
+struct ActivationsView {
+  int8_t* q;        // [n_rows][n_blocks * kActBlock]
+  float* scales;    // [n_rows][n_blocks]
+  int32_t* sums;    // [n_rows][n_blocks * kActBlock / kSumRun]  of q
+  uint8_t* tables;  // [n_rows][n_blocks * kBlockQuads][kTableBytes], 64-byte aligned; null: not wanted
+  int32_t* lows;    // [n_rows][n_blocks * kActBlock / kSumRun]  of the smallest subset sums; null with tables
+  int n_blocks;
+
+  ELUTE_INLINE ActivationsView from_row(int row) const {
+    const int64_t r = row;
+    const int64_t runs = int64_t{n_blocks} * (kActBlock / kSumRun);
+    return {q + r * n_blocks * kActBlock, scales + r * n_blocks, sums + r * runs,
+            tables ? tables + r * n_blocks * kBlockQuads * kTableBytes : nullptr, lows ? lows + r * runs : nullptr,
+            n_blocks};
+  }
+};
+
+// Scratch of lut_gemm: the codes of one panel as [quad][output][channel], and C offsets.
+constexpr int64_t gemm_scratch_bytes(int k) { return int64_t{(k + kActBlock - 1) / kActBlock} * kActBlock * kPanel + 64; }
+
+struct MatmulKernels {
+  // One row x f32 [k] into row 0 of `out`; tables too when out.tables is set.
+  void (*quantize)(const float* x, int k, const ActivationsView& out);
+  // y[0, n) of one row for panels [panel_begin, panel_end); y and bias (null: none) point at output 0 of the matrix.
+  void (*lut_matmul)(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
+                     float* y);
+  // The same for n_rows rows; y has ldy floats a row. Bit for bit what lut_matmul gives for each row.
+  void (*lut_gemm)(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
+                   const float* bias, float* y, int64_t ldy, uint8_t* scratch);
+  // Level 1 of the two-level lookup: codes u8 [quad][kPanel][kLutWidth] of a panel, whole blocks; 64-byte aligned.
+  void (*lut_dequant)(const MatrixView& w, int panel, uint8_t* codes);
+};
+
+// One output row as f32 [k] (an embedding): scalar, the same bits as lut_dequant plus the affine map.
+void dequant_row(const MatrixView& w, int row, float* out);
+
+extern const MatmulKernels matmul_kernels_scalar;
+#if defined(__x86_64__)
+extern const MatmulKernels matmul_kernels_avx2;
+extern const MatmulKernels matmul_kernels_avx512;
+#endif
+
+}  // namespace elute

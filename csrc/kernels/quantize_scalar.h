@@ -1,0 +1,65 @@
+// quantize in plain C++: int8 activations, their sums and their tables. The arithmetic is kernels/activations.py's.
+#pragma once
+#include "kernels/matmul.h"
+
+namespace elute {
+namespace {
+
+constexpr float kInvMaxCode = 1.0f / 127.0f;
+constexpr float kInvMaxSpan = 1.0f / 253.0f;  // |q0|+..+|q3| <= span/scale + 4 * 0.5 must fit a byte
+constexpr float kSmallestNormal = 1.17549435e-38f;
+
+inline float magnitude(float x) { return __builtin_fabsf(x); }
+inline float greater(float a, float b) { return a > b ? a : b; }
+
+// Mirror-consolidated: entry i and entry 15-i add up to the span, so eight are summed and eight subtracted.
+inline int32_t build_table(const int8_t* q, uint8_t* table) {
+  int32_t low = 0, span = 0;
+  for (int i = 0; i < kLutWidth; ++i) {
+    low += q[i] < 0 ? q[i] : 0;
+    span += q[i] < 0 ? -q[i] : q[i];
+  }
+  for (int i = 0; i < 8; ++i) {
+    const int32_t entry = (i & 1 ? q[0] : 0) + (i & 2 ? q[1] : 0) + (i & 4 ? q[2] : 0) - low;
+    table[i] = static_cast<uint8_t>(entry);
+    table[15 - i] = static_cast<uint8_t>(span - entry);
+  }
+  return low;
+}
+
+void quantize(const float* x, int k, const ActivationsView& out) {
+  for (int block = 0; block < out.n_blocks; ++block) {
+    float padded[kActBlock] = {};
+    const int count = k - block * kActBlock < kActBlock ? k - block * kActBlock : kActBlock;
+    for (int i = 0; i < count; ++i) padded[i] = x[block * kActBlock + i];
+    float largest = 0, widest = 0;
+    for (int i = 0; i < kActBlock; i += kLutWidth) {
+      const float a = magnitude(padded[i]), b = magnitude(padded[i + 1]);
+      const float c = magnitude(padded[i + 2]), d = magnitude(padded[i + 3]);
+      largest = greater(greater(greater(a, b), greater(c, d)), largest);
+      widest = greater((a + b) + (c + d), widest);
+    }
+    const float scale = greater(largest * kInvMaxCode, widest * kInvMaxSpan);
+    const float inverse = scale > kSmallestNormal ? 1.0f / scale : 0.0f;
+    out.scales[block] = scale;
+    int8_t* q = out.q + block * kActBlock;
+    for (int i = 0; i < kActBlock; ++i) {
+      constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22 to the nearest even integer
+      const float rounded = (padded[i] * inverse + kRound) - kRound;
+      q[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+    }
+    for (int run = 0; run < kActBlock / kSumRun; ++run) {
+      int32_t sum = 0, lows = 0;
+      for (int i = run * kSumRun; i < (run + 1) * kSumRun; ++i) sum += q[i];
+      const int64_t at = block * (kActBlock / kSumRun) + run;
+      out.sums[at] = sum;
+      if (!out.tables) continue;
+      for (int i = run * kSumRun; i < (run + 1) * kSumRun; i += kLutWidth)
+        lows += build_table(q + i, out.tables + (int64_t{block} * kActBlock + i) / kLutWidth * kTableBytes);
+      out.lows[at] = lows;
+    }
+  }
+}
+
+}  // namespace
+}  // namespace elute
