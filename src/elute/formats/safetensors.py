@@ -43,7 +43,10 @@ DTYPES: Mapping[str, np.dtype[Any]] = {
 }
 # Types that the format defines and that elute has no use for.
 KNOWN_UNSUPPORTED = frozenset(
-    "F8_E4M3 F8_E5M2 F8_E8M0 F8_E4M3FNUZ F8_E5M2FNUZ F6_E2M3 F6_E3M2 F4 C64".split()
+    {
+        *("F8_E4M3", "F8_E5M2", "F8_E8M0", "F8_E4M3FNUZ", "F8_E5M2FNUZ"),
+        *("F6_E2M3", "F6_E3M2", "F4", "C64"),
+    }
 )
 KNOWN_DTYPES = KNOWN_UNSUPPORTED | DTYPES.keys()
 
