@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,8 @@ from elute.model.ops import Activation
 
 # Largest size that a config may state: tensor sides and positions are i32 in the native executor.
 MAX_COUNT = 2**31 - 1
+# No model needs numbers beyond these, and the product or quotient of any two is finite in f32.
+MIN_NUMBER, MAX_NUMBER = 1e-12, 1e12
 _SHOWN_CHARACTERS = 60  # a hostile value must not become a message of megabytes
 
 _ACTIVATIONS = {
@@ -44,19 +45,13 @@ class Config:
         """A whole number from 0."""
         return self._whole(key, default, at_least=0, at_most=MAX_COUNT)
 
-    def number(self, key: str, default: float | None = None, *, above: float = 0.0) -> float:
-        """A finite number greater than `above`."""
-        wanted = f"a finite number above {above:g}"
+    def number(self, key: str, default: float | None = None, *, above: float = MIN_NUMBER) -> float:
+        """A number greater than `above`, at most MAX_NUMBER."""
+        wanted = f"a number above {above:g}, at most {MAX_NUMBER:g}"
         value = self._value(key, default, wanted)
-        if isinstance(value, bool) or not isinstance(value, int | float):
+        if not _is_number(value, above):
             raise self.wrong(key, wanted)
-        try:
-            number = float(value)
-        except OverflowError:  # json reads integers of any length
-            raise self.wrong(key, wanted) from None
-        if not (math.isfinite(number) and number > above):
-            raise self.wrong(key, wanted)
-        return number
+        return float(value)
 
     def optional_count(self, key: str) -> int | None:
         return self.count(key) if self.has(key) else None
@@ -84,14 +79,11 @@ class Config:
         return tuple(values)
 
     def numbers(self, key: str) -> tuple[float, ...]:
-        """A list of finite numbers above 0; empty when the key is missing."""
-        wanted = "a list of finite numbers above 0"
+        """A list of numbers in the range of `number`; empty when the key is missing."""
+        wanted = f"a list of numbers above {MIN_NUMBER:g}, at most {MAX_NUMBER:g}"
         values = self._list(key, wanted)
-        for value in values:
-            if isinstance(value, bool) or not isinstance(value, int | float):
-                raise self.wrong(key, wanted)
-            if not 0 < value < math.inf:  # false for NaN too
-                raise self.wrong(key, wanted)
+        if not all(_is_number(value, MIN_NUMBER) for value in values):
+            raise self.wrong(key, wanted)
         return tuple(float(value) for value in values)
 
     def part(self, key: str) -> Config:
@@ -154,10 +146,19 @@ class Config:
         return value
 
 
+def _is_number(value: object, above: float) -> bool:
+    """Compared before any conversion: json reads integers of any length. False for NaN."""
+    return (
+        isinstance(value, int | float)
+        and not isinstance(value, bool)
+        and above < value <= MAX_NUMBER
+    )
+
+
 def shown(value: object) -> str:
     """A value for a message, cut to a line's length."""
     try:
         text = repr(value)
     except ValueError:  # Python refuses to print integers of more than 4300 digits
-        text = f"a {type(value).__name__} too long to print"
+        text = "a value too long to print"
     return text if len(text) <= _SHOWN_CHARACTERS else text[: _SHOWN_CHARACTERS - 3] + "..."
