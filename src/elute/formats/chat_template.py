@@ -137,8 +137,8 @@ def _configured(value: object) -> str | None:
         value = named.get("default")
     if value is not None and not isinstance(value, str):
         raise FormatError(
-            f"tokenizer_config.json: chat_template is a {type(value).__name__}, wanted a string or a "
-            "list of named templates"
+            f"tokenizer_config.json: chat_template is a {type(value).__name__}, wanted a string or "
+            "a list of named templates"
         )
     return value
 
@@ -159,7 +159,7 @@ def _check_maps(name: str, items: object) -> None:
 
 
 def _plain(value: Any, where: str) -> Any:
-    """A copy of plain types only: the sandbox does not know which methods of other objects are safe.
+    """A copy of plain types only: the sandbox cannot tell safe methods of other objects.
 
     Differs from transformers: an object of another type is an error, not its type's name as text.
     """
