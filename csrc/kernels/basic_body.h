@@ -1,0 +1,146 @@
+// Norm, rotary embedding, gates and conversions over any float vocabulary S. Contracts: float_kernels.h.
+#pragma once
+#include "kernels/float_kernels.h"
+#include "kernels/transcendental.h"
+
+namespace elute {
+namespace {
+
+// How a body touches memory: whole vectors, or the last n < kLanes values of a run. The arithmetic is the same,
+// so a value does not depend on where in a run it stands.
+template <class S>
+struct Whole {
+  template <class T>
+  typename S::Float load(const T* p) const { return S::load(p); }
+  template <class T>
+  void store(T* p, typename S::Float a) const { S::store(p, a); }
+};
+template <class S>
+struct Tail {
+  int n;
+  template <class T>
+  typename S::Float load(const T* p) const { return S::load_n(p, n); }  // missing lanes are 0
+  template <class T>
+  void store(T* p, typename S::Float a) const { S::store_n(p, a, n); }
+};
+
+// body(first index, memory) for each vector of n values.
+template <class S, class Body>
+void for_vectors(int64_t n, Body body) {
+  int64_t i = 0;
+  for (; i + S::kLanes <= n; i += S::kLanes) body(i, Whole<S>{});
+  if (i < n) body(i, Tail<S>{static_cast<int>(n - i)});
+}
+
+// 8 sums hide the latency of fma (4 cycles, 2 a cycle) and, on one lane, keep the rounding error small.
+constexpr int kNormSums = 8;
+
+// Relative error of y below (width / (8 * kLanes) + 8) * 2^-24.
+template <class S>
+void rms_norm(const float* x, const float* w, float* y, int width, int n_runs, float eps) {
+  using Float = typename S::Float;
+  for (int run = 0; run < n_runs; ++run, x += width, y += width) {
+    Float sums[kNormSums];
+    for (int v = 0; v < kNormSums; ++v) sums[v] = S::zero();
+    int i = 0;
+    for (; i + kNormSums * S::kLanes <= width; i += kNormSums * S::kLanes) {
+#pragma GCC unroll 8
+      for (int v = 0; v < kNormSums; ++v) {
+        const Float a = S::load(x + i + v * S::kLanes);
+        sums[v] = S::fma(a, a, sums[v]);
+      }
+    }
+    for_vectors<S>(width - i, [&](int64_t j, auto memory) {
+      const Float a = memory.load(x + i + j);
+      Float& sum = sums[j / S::kLanes];
+      sum = S::fma(a, a, sum);
+    });
+    for (int half = kNormSums / 2; half > 0; half /= 2)
+      for (int v = 0; v < half; ++v) sums[v] = S::add(sums[v], sums[v + half]);
+    const float mean = S::sum(sums[0]) / static_cast<float>(width);
+    const Float factor = S::set1(1.0f / __builtin_sqrtf(mean + eps));
+    for_vectors<S>(width, [=](int64_t j, auto memory) {
+      memory.store(y + j, S::mul(S::mul(memory.load(x + j), factor), memory.load(w + j)));
+    });
+  }
+}
+
+// Two products and a sum, each rounded: the same bits on every instruction set.
+template <class S>
+void rope(float* x, const float* cos, const float* sin, int width, int n_heads) {
+  const int half = width / 2;
+  for (int head = 0; head < n_heads; ++head, x += width) {
+    for_vectors<S>(half, [=](int64_t i, auto memory) {
+      const auto a = memory.load(x + i);
+      const auto b = memory.load(x + half + i);
+      const auto c = memory.load(cos + i);
+      const auto s = memory.load(sin + i);
+      memory.store(x + i, S::sub(S::mul(a, c), S::mul(b, s)));
+      memory.store(x + half + i, S::add(S::mul(b, c), S::mul(a, s)));
+    });
+  }
+}
+
+template <class S>
+void gate(const float* gate, const float* up, float* y, int64_t n, Activation activation) {
+  switch (activation) {
+    case Activation::silu:
+      return for_vectors<S>(n, [=](int64_t i, auto memory) {
+        memory.store(y + i, S::mul(silu<S>(memory.load(gate + i)), memory.load(up + i)));
+      });
+    case Activation::gelu_tanh:
+      return for_vectors<S>(n, [=](int64_t i, auto memory) {
+        memory.store(y + i, S::mul(gelu_tanh<S>(memory.load(gate + i)), memory.load(up + i)));
+      });
+    case Activation::relu2:
+      return for_vectors<S>(n, [=](int64_t i, auto memory) {
+        const auto a = S::max(S::zero(), memory.load(gate + i));
+        memory.store(y + i, S::mul(S::mul(a, a), memory.load(up + i)));
+      });
+  }
+}
+
+template <class S>
+void add(const float* x, float* y, int64_t n) {
+  for_vectors<S>(n, [=](int64_t i, auto memory) {
+    memory.store(y + i, S::add(memory.load(y + i), memory.load(x + i)));
+  });
+}
+
+template <class S>
+void scale(float* x, float s, int64_t n) {
+  const auto factor = S::set1(s);
+  for_vectors<S>(n, [=](int64_t i, auto memory) { memory.store(x + i, S::mul(memory.load(x + i), factor)); });
+}
+
+template <class S>
+void softcap(float* x, float cap, int64_t n) {
+  for_vectors<S>(n, [=](int64_t i, auto memory) { memory.store(x + i, soft_cap<S>(memory.load(x + i), cap)); });
+}
+
+template <class S>
+void to_f16(const float* x, uint16_t* y, int64_t n) {
+  for_vectors<S>(n, [=](int64_t i, auto memory) { memory.store(y + i, memory.load(x + i)); });
+}
+
+template <class S>
+void from_f16(const uint16_t* x, float* y, int64_t n) {
+  for_vectors<S>(n, [=](int64_t i, auto memory) { memory.store(y + i, memory.load(x + i)); });
+}
+
+template <class S>
+void cache_write(const CacheView& cache, const float* key, const float* value, int position) {
+  const int64_t width = cache.head_width;
+  to_f16<S>(value, cache.values + position * width, width);
+  uint16_t* channels = cache.keys + position / kCacheTile * width * kCacheTile + position % kCacheTile;
+  for_vectors<S>(width, [=](int64_t channel, auto memory) {
+    uint16_t halves[S::kLanes];
+    S::store(halves, memory.load(key + channel));
+    const int64_t left = width - channel;
+    const int n = left < S::kLanes ? static_cast<int>(left) : S::kLanes;
+    for (int i = 0; i < n; ++i) channels[(channel + i) * kCacheTile] = halves[i];
+  });
+}
+
+}  // namespace
+}  // namespace elute

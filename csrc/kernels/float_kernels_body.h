@@ -1,0 +1,29 @@
+// The float kernels of one instruction set, made from its vocabulary S (simd/float_ISA.h):
+//
+//   Float, kLanes           a vector and its length
+//   load, store             f32, or f16 widened and rounded to nearest even; unaligned
+//   load_n, store_n         the first n < kLanes lanes; missing lanes load as 0, memory behind them is not touched
+//   fma(a, b, c)            a * b + c, rounded once where the hardware can
+//   max(a, b)               b where either is NaN
+//   select_less(a, b, t, o) t where a < b, else (also for NaN) o
+//   shift_to_exponent(a)    2^n, n the low bits of a as an integer in [-126, 127]
+//   first, sum, largest     lane 0; over the lanes
+//   kRows, kBlock, kDirectRows, direct_vectors(rows)   shape of attention's register tiles
+//
+// Everything is in unnamed namespaces, and no std:: template is used: an inline function compiled here with AVX flags
+// must not be the copy that the linker keeps for code that runs on every CPU.
+#pragma once
+#include "kernels/attention_body.h"
+#include "kernels/basic_body.h"
+
+namespace elute {
+namespace {
+
+template <class S>
+constexpr FloatKernels float_kernels() {
+  return {rms_norm<S>, rope<S>,   gate<S>,     add<S>,         scale<S>,
+          softcap<S>,  to_f16<S>, from_f16<S>, cache_write<S>, attention<S>};
+}
+
+}  // namespace
+}  // namespace elute

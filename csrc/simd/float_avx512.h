@@ -1,0 +1,93 @@
+// The float vocabulary on 16 lanes: AVX-512 F, BW, DQ, VL. See float_kernels_body.h for what each word promises.
+// Only the 512-bit words that SIMDe 0.7.4 spells are used, so ELUTE_EMULATE_AVX512 tests the code that ships;
+// tails and horizontal sums go through the two AVX2 halves on both.
+#pragma once
+#include "simd/float_avx2.h"
+
+#if defined(ELUTE_EMULATE_AVX512)
+#define SIMDE_ENABLE_NATIVE_ALIASES
+#include <simde/x86/avx512.h>
+#endif
+
+namespace elute {
+namespace {
+
+struct FloatAvx512 {
+  using Float = __m512;
+  static constexpr int kLanes = 16;
+  static constexpr int kRows = 8;        // register tile: 8 rows x 2 sums + 2 values of 32 registers; 16 sums in flight
+  static constexpr int kBlock = 2;       // vectors side by side in a widened tile
+  static constexpr int kDirectRows = 8;  // up to here a tile is read once, so it is widened in registers
+  // Sums per row when f16 is widened on load: at least 8 in flight where the tile has them, at most 24 in registers.
+  static constexpr int direct_vectors(int rows) { return rows <= 2 ? 8 : rows <= 6 ? 4 : 2; }
+
+  static Float zero() { return _mm512_setzero_ps(); }
+  static Float set1(float x) { return _mm512_set1_ps(x); }
+  static Float load(const float* p) { return _mm512_loadu_ps(p); }
+  static Float load_n(const float* p, int n) {
+    if (n <= Half::kLanes) return join(Half::load_n(p, n), Half::zero());
+    return join(Half::load(p), Half::load_n(p + Half::kLanes, n - Half::kLanes));
+  }
+  static void store(float* p, Float a) { _mm512_storeu_ps(p, a); }
+  static void store_n(float* p, Float a, int n) {
+    if (n <= Half::kLanes) return Half::store_n(p, low(a), n);
+    Half::store(p, low(a));
+    Half::store_n(p + Half::kLanes, high(a), n - Half::kLanes);
+  }
+
+#if defined(ELUTE_EMULATE_AVX512)  // SIMDe 0.7.4 has no 512-bit f16 conversions
+  static Float load(const uint16_t* p) { return join(Half::load(p), Half::load(p + Half::kLanes)); }
+  static void store(uint16_t* p, Float a) {
+    Half::store(p, low(a));
+    Half::store(p + Half::kLanes, high(a));
+  }
+#else
+  static Float load(const uint16_t* p) {
+    return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static void store(uint16_t* p, Float a) {
+    const __m256i halves = _mm512_cvtps_ph(a, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), halves);
+  }
+#endif
+  static Float load_n(const uint16_t* p, int n) {
+    uint16_t whole[kLanes] = {};
+    for (int i = 0; i < n; ++i) whole[i] = p[i];
+    return load(whole);
+  }
+  static void store_n(uint16_t* p, Float a, int n) {
+    uint16_t whole[kLanes];
+    store(whole, a);
+    for (int i = 0; i < n; ++i) p[i] = whole[i];
+  }
+
+  static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
+  static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
+  static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
+  static Float div(Float a, Float b) { return _mm512_div_ps(a, b); }
+  static Float fma(Float a, Float b, Float c) { return _mm512_fmadd_ps(a, b, c); }
+  static Float max(Float a, Float b) { return _mm512_max_ps(a, b); }
+  static Float abs(Float a) { return _mm512_andnot_ps(_mm512_set1_ps(-0.0f), a); }
+  static Float select_less(Float a, Float b, Float then, Float otherwise) {
+    return _mm512_mask_mov_ps(otherwise, _mm512_cmp_ps_mask(a, b, _CMP_LT_OQ), then);
+  }
+  static Float shift_to_exponent(Float a) {
+    const __m512i exponent = _mm512_slli_epi32(_mm512_castps_si512(a), 23);
+    return _mm512_castsi512_ps(_mm512_add_epi32(exponent, _mm512_set1_epi32(127 << 23)));
+  }
+  static float first(Float a) { return Half::first(low(a)); }
+  static float sum(Float a) { return Half::sum(Half::add(low(a), high(a))); }
+  static float largest(Float a) { return Half::largest(Half::max(low(a), high(a))); }
+
+ private:
+  using Half = FloatAvx2;
+  static __m256 low(Float a) { return _mm512_castps512_ps256(a); }
+  static __m256 high(Float a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
+  static Float join(__m256 a, __m256 b) {
+    return _mm512_castpd_ps(
+        _mm512_insertf64x4(_mm512_castps_pd(_mm512_castps256_ps512(a)), _mm256_castps_pd(b), 1));
+  }
+};
+
+}  // namespace
+}  // namespace elute
