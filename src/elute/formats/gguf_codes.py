@@ -57,7 +57,7 @@ def _spread(packed: U8, bits: int, width: int) -> U8:
 
 
 def _product(d: F16, factors: npt.NDArray[np.uint8 | np.int8]) -> F16:
-    """d [n, 1] * factors [n, groups], rounded once to f16 (exact in f32: 11 + 7 bits), inf beyond."""
+    """d [n, 1] * factors [n, groups], rounded once to f16; exact in f32: 11 + 7 bits."""
     with np.errstate(over="ignore", invalid="ignore"):
         return (d.astype(np.float32) * factors.astype(np.float32)).astype(np.float16)
 

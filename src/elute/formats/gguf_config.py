@@ -87,7 +87,8 @@ class _Keys:
             raise self.error(key, found, "a number above 0")
         with np.errstate(over="ignore"):
             short = float(str(np.float32(found)))
-        return short if math.isfinite(short) else float(found)
+        in_range = math.isfinite(short) and (short != 0) == (found != 0)
+        return short if in_range else float(found)
 
     def flags(self, key: str, n: int) -> list[bool] | None:
         """-> a list of n bools, or None where the key is absent or no list."""
