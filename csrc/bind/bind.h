@@ -35,7 +35,8 @@ inline const KernelTable& kernels_named(const std::string& isa) {
 
 // A view of packed arrays, with every size checked.
 MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets,
-                       int n, int k, int bits, int group_size, int zero, const std::string& affine);
+                       int n, int k, int bits, int group_size, int zero, const std::string& affine,
+                       int padding = kPlanesPadding);
 
 void bind_kernels(nb::module_& m);
 void bind_float_kernels(nb::module_& m);

@@ -27,7 +27,8 @@ class BoundExecutor {
   }
   int add_matrix(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n,
                  int k, int bits, int group_size, int zero, const std::string& affine) {
-    matrices_.push_back(matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine));
+    // A WeightSource promises the readable bytes after the planes; an array does not show them.
+    matrices_.push_back(matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine, 0));
     kept_.push_back(nb::cast(planes));
     kept_.push_back(nb::cast(scales));
     if (offsets) kept_.push_back(nb::cast(*offsets));

@@ -7,7 +7,7 @@
 namespace elute {
 
 MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets,
-                       int n, int k, int bits, int group_size, int zero, const std::string& affine) {
+                       int n, int k, int bits, int group_size, int zero, const std::string& affine, int padding) {
   const auto refuse = [](const std::string& what) { throw std::invalid_argument("matrix: " + what); };
   if (bits < 1 || bits > 8) refuse("bits=" + std::to_string(bits) + ", wanted 1 to 8");
   if (n < 1 || k < kLutWidth || k % kLutWidth) refuse("shape [" + std::to_string(n) + ", " + std::to_string(k) + "]");
@@ -18,9 +18,10 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
   if (affine == "zero") view.affine = Affine::zero;
   else if (affine == "min") view.affine = Affine::min;
   else if (affine != "symmetric") refuse("affine '" + affine + "'");
-  if (static_cast<int64_t>(planes.size()) < view.n_panels() * view.panel_bytes() + kPlanesPadding)
-    refuse("planes hold " + std::to_string(planes.size()) + " bytes, wanted " +
-           std::to_string(view.n_panels() * view.panel_bytes() + kPlanesPadding) + " with padding");
+  const int64_t wanted = view.n_panels() * view.panel_bytes() + padding;
+  if (static_cast<int64_t>(planes.size()) < wanted)
+    refuse("planes hold " + std::to_string(planes.size()) + " bytes, wanted " + std::to_string(wanted) +
+           (padding ? " with padding" : ""));
   const auto halves = [&](const HalvesIn& a, const char* name) {
     if (a.dtype().code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || a.dtype().bits != 16)
       refuse(std::string(name) + " are not float16");

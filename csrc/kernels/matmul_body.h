@@ -14,7 +14,7 @@ constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
 // Calls f.template operator()<FirstPlane, Planes>() for each section of a code: runs of 4, 2 and 1 planes.
 template <int Bits, int First = 0, typename F>
-inline __attribute__((always_inline)) void for_each_section(F&& f) {
+ELUTE_INLINE void for_each_section(F&& f) {
   if constexpr (First < Bits) {
     constexpr int planes = Bits - First >= 4 ? 4 : Bits - First >= 2 ? 2 : 1;
     f.template operator()<First, planes>();
@@ -48,7 +48,7 @@ inline RunSums sum_runs(const ActivationsView& x, int block, int first_quad, int
 }
 
 // Adds a finished group to y in the order that reference.py fixes.
-inline __attribute__((always_inline)) void add_group(const MatrixView& w, const uint16_t* scales,
+ELUTE_INLINE void add_group(const MatrixView& w, const uint16_t* scales,
                                                      const uint16_t* offsets, const Floats* group, float x_sum,
                                                      Floats* y) {
   for (int v = 0; v < kVectors; ++v) {
@@ -77,7 +77,7 @@ inline void store_panel(const MatrixView& w, int panel, const Floats* sums, cons
 // ---- decode: lookup -------------------------------------------------------------------------------------------------
 
 template <int Planes, int Shift>
-inline __attribute__((always_inline)) void lookup_section(const uint8_t* quads, const uint8_t* quad_tables, int n_quads,
+ELUTE_INLINE void lookup_section(const uint8_t* quads, const uint8_t* quad_tables, int n_quads,
                                                           Ints* dot) {
   constexpr int kQuadBytes = kHalfPanel * Planes;
   constexpr int kPerQuad = at_least_one(kQuadBytes / kBytes);  // vectors a quad
@@ -179,16 +179,49 @@ void lut_dequant_bits(const MatrixView& w, int panel, uint8_t* codes) {
   }
 }
 
+// dot[r][v] += codes * q over `quads` quads. The unrolling keeps every sum in a register.
 template <int Bits, int Rows>
-inline __attribute__((always_inline)) void gemm_rows(const MatrixView& w, const ActivationsView& x, int panel,
-                                                     const uint8_t* codes, const float* bias, float* y, int64_t ldy) {
+ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t q_stride, int quads,
+                                 Ints (&dot)[Rows][kVectors]) {
   using D = Dot<Bits>;
+  while (quads > 0) {
+    const int run = smaller(quads, D::kRun);
+    quads -= run;
+    typename D::Partial partial[Rows][kVectors];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) partial[r][v] = D::zero();
+    for (int i = 0; i < run; ++i) {
+      Bytes c[kVectors];
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) c[v] = load_bytes(codes + v * kBytes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) {
+        const Bytes activations = broadcast_quad(q + r * q_stride);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) D::add(partial[r][v], c[v], activations);
+      }
+      codes += kPanel * kLutWidth;
+      q += kLutWidth;
+    }
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v) dot[r][v] = add_ints(dot[r][v], D::total(partial[r][v]));
+  }
+}
+
+template <int Bits, int Rows>
+void gemm_rows(const MatrixView& w, const ActivationsView& x, int panel, const uint8_t* codes, const float* bias,
+               float* y, int64_t ldy) {
   const Segments segments(w);
   const int n_quads = w.k / kLutWidth;
   const int64_t first_group = int64_t{panel} * w.n_groups();
   const uint16_t* scales = w.scales + first_group * kPanel;
   const uint16_t* offsets = w.offsets ? w.offsets + first_group * kPanel : nullptr;
-  ActivationsView rows[Rows] = {};
+  const int64_t q_stride = int64_t{x.n_blocks} * kActBlock;
+  ActivationsView rows[Rows];
   Floats sums[Rows][kVectors], group[Rows][kVectors];
   float x_sum[Rows] = {};
   for (int r = 0; r < Rows; ++r) {
@@ -203,42 +236,31 @@ inline __attribute__((always_inline)) void gemm_rows(const MatrixView& w, const 
       const int quads = smaller(segments.quads, block_quads - first);
       const int64_t quad = int64_t{block} * kBlockQuads + first;
       Ints dot[Rows][kVectors];
-      RunSums runs[Rows];
+      int32_t q_sum[Rows];
+#pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
-        runs[r] = sum_runs(rows[r], block, first, quads);
-        const int32_t constant = (D::kCodeBias - (w.affine == Affine::symmetric ? w.zero : 0)) * runs[r].q;
-        for (int v = 0; v < kVectors; ++v) dot[r][v] = set_ints(constant);
+        q_sum[r] = sum_runs(rows[r], block, first, quads).q;
+        const int32_t zero = w.affine == Affine::symmetric ? w.zero : 0;
+        const Ints constant = set_ints((Dot<Bits>::kCodeBias - zero) * q_sum[r]);
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) dot[r][v] = constant;
       }
-      for (int run = 0; run < quads; run += D::kRun) {
-        const int run_end = smaller(run + D::kRun, quads);
-        typename D::Partial partial[Rows][kVectors];
-        for (int r = 0; r < Rows; ++r)
-          for (int v = 0; v < kVectors; ++v) partial[r][v] = D::zero();
-        for (int i = run; i < run_end; ++i) {
-          const uint8_t* quad_codes = codes + (quad + i) * kPanel * kLutWidth;
-          Bytes c[kVectors];
-          for (int v = 0; v < kVectors; ++v) c[v] = load_bytes(quad_codes + v * kBytes);
-          for (int r = 0; r < Rows; ++r) {
-            const Bytes q = broadcast_quad(rows[r].q + (quad + i) * kLutWidth);
-            for (int v = 0; v < kVectors; ++v) D::add(partial[r][v], c[v], q);
-          }
-        }
-        for (int r = 0; r < Rows; ++r)
-          for (int v = 0; v < kVectors; ++v) dot[r][v] = add_ints(dot[r][v], D::total(partial[r][v]));
-      }
+      multiply_quads<Bits, Rows>(codes + quad * kPanel * kLutWidth, x.q + quad * kLutWidth, q_stride, quads, dot);
       left_in_group -= quads;
+#pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
         const float act_scale = rows[r].scales[block];
         const Floats act = set_floats(act_scale);
+#pragma GCC unroll 8
         for (int v = 0; v < kVectors; ++v) group[r][v] = add(group[r][v], mul(act, to_floats(dot[r][v])));
-        x_sum[r] += act_scale * static_cast<float>(runs[r].q);
-        if (left_in_group == 0) {
+        x_sum[r] += act_scale * static_cast<float>(q_sum[r]);
+      }
+      if (left_in_group == 0) {
+        for (int r = 0; r < Rows; ++r) {
           add_group(w, scales, offsets, group[r], x_sum[r], sums[r]);
           for (int v = 0; v < kVectors; ++v) group[r][v] = zero_floats();
           x_sum[r] = 0;
         }
-      }
-      if (left_in_group == 0) {
         left_in_group = w.group_size / kLutWidth;
         scales += kPanel;
         if (offsets) offsets += kPanel;

@@ -62,7 +62,11 @@ class QuantizedMatrix:
         else:
             assert self.offsets is not None
             offsets = np.repeat(self.offsets.astype(np.float32).T, self.group_size, axis=1)
-            w = scales * (codes - offsets) if self.affine is Affine.ZERO else scales * codes + offsets
+            w = (
+                scales * (codes - offsets)
+                if self.affine is Affine.ZERO
+                else scales * codes + offsets
+            )
         if self.columns is None:
             return w
         in_order = np.empty_like(w)
@@ -126,3 +130,17 @@ class Checkpoint(Protocol):
 
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Float tensors as stored (f32, f16 or bf16); quantized ones as codes."""
+
+
+OVER_READ = (
+    64  # bytes that kernels may read past the planes: one AVX-512 register beyond the last quad
+)
+
+
+class WeightSource(Protocol):
+    """Who holds a model's weights. Today a mapped file; a swapping cache answers the same questions."""
+
+    def matrix(self, name: str) -> PackedMatrix:
+        """At least OVER_READ readable bytes follow the planes."""
+
+    def vector(self, name: str) -> F32: ...

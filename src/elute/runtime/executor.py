@@ -1,0 +1,261 @@
+"""Hands an op list and its weights to the native executor. No Python runs between the layers of a token."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from elute import _native
+from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
+from elute.model.ops import (
+    Add,
+    Attention,
+    Embed,
+    Gate,
+    Head,
+    Linear,
+    OpList,
+    RmsNorm,
+    Rope,
+)
+from elute.types import F32, I32, PackedMatrix, WeightSource
+
+CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
+
+
+class Executor:
+    """Runs the model; its key-value cache is its only state. One forward at a time.
+
+    context    positions of the cache; memory is taken as they are first used
+    n_threads  default_threads() when None
+    isa        one of isas(); the best when None
+
+    Raises FormatError for a missing weight, ShapeError for one that the op list does not fit, DeviceError for an
+    instruction set that this CPU lacks.
+    """
+
+    def __init__(
+        self,
+        ops: OpList,
+        weights: WeightSource,
+        *,
+        context: int | None = None,
+        n_threads: int | None = None,
+        isa: str | None = None,
+    ) -> None:
+        self.isa = isa or _native.best_isa()
+        if self.isa not in isas():
+            raise DeviceError(
+                f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(isas())}"
+            )
+        self.n_threads = default_threads() if n_threads is None else n_threads
+        if not 1 <= self.n_threads <= 512:
+            raise ShapeError(
+                f"threads: found {self.n_threads}, wanted 1 to 512; try {default_threads()}"
+            )
+        self.context = ops.context if context is None else context
+        if self.context < 1:
+            raise ShapeError(f"context: found {self.context}, wanted at least 1")
+        self.vocabulary = ops.vocabulary
+        try:
+            native = _native.Executor(
+                self.isa,
+                self.n_threads,
+                self.context,
+                CHUNK,
+                ops.n_layers,
+                ops.n_kv_heads,
+                ops.head_width,
+            )
+            _Builder(native, ops, weights).build()
+        except MemoryError:
+            raise BudgetError(
+                f"context: the cache of {self.context} positions does not fit the address space; "
+                "use a smaller context"
+            ) from None
+        self._native = native
+
+    def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32:
+        """tokens i32 [M] at positions position .. position+M-1 -> logits f32 [1 or M, vocabulary].
+
+        The cache forgets what it held from `position` on. How tokens are cut into calls does not change a bit.
+        Raises BudgetError beyond the context, ShapeError for token ids that the model does not have.
+        """
+        tokens = np.ascontiguousarray(tokens, np.int32)
+        if tokens.ndim != 1 or tokens.size == 0:
+            raise ShapeError(f"tokens: found shape {tokens.shape}, wanted [M] with M of at least 1")
+        if position < 0 or position + tokens.size > self.context:
+            raise BudgetError(
+                f"tokens: positions {position} to {position + tokens.size - 1} do not fit a context of "
+                f"{self.context}; use a context of {position + tokens.size} or more"
+            )
+        low, high = int(tokens.min()), int(tokens.max())
+        if low < 0 or high >= self.vocabulary:
+            raise ShapeError(
+                f"tokens: found id {low if low < 0 else high}, wanted 0 to {self.vocabulary - 1}"
+            )
+        rows: list[F32] = []
+        for start in range(0, tokens.size, CHUNK):
+            chunk = tokens[start : start + CHUNK]
+            wanted = all_logits or start + CHUNK >= tokens.size
+            logits = self._native.forward(
+                chunk, position + start, all_logits=all_logits, want_logits=wanted
+            )
+            if wanted:
+                rows.append(logits)
+        return rows[0] if len(rows) == 1 else np.concatenate(rows)
+
+
+class _Builder:
+    """Adds an op list to a native executor, names turned into indices."""
+
+    def __init__(self, native: _native.Executor, ops: OpList, weights: WeightSource) -> None:
+        self._native = native
+        self._ops = ops
+        self._weights = weights
+        self._registers = {
+            name: native.add_register(width) for name, width in ops.registers.items()
+        }
+        self._tables = {
+            name: native.add_rope_table([float(f) for f in table.inverse_frequencies], table.factor)
+            for name, table in ops.rope_tables.items()
+        }
+        self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
+
+    def build(self) -> None:
+        for op in self._ops.ops:
+            match op:
+                case Embed():
+                    index, packed = self._matrix(op.weight)
+                    if packed.columns is not None:
+                        raise UnsupportedError(
+                            f"{op.weight}: an embedding with reordered columns (act-order) is not implemented"
+                        )
+                    self._native.embed(index, self._registers[op.output], op.scale)
+                case RmsNorm():
+                    self._rms_norm(op)
+                case Linear():
+                    self._linear(op)
+                case Rope():
+                    self._native.rope(
+                        self._registers[op.register], op.head_width, self._tables[op.table]
+                    )
+                case Attention():
+                    self._native.attention(
+                        self._registers[op.query],
+                        self._registers[op.key],
+                        self._registers[op.value],
+                        self._registers[op.output],
+                        op.layer,
+                        op.n_heads,
+                        op.n_kv_heads,
+                        op.head_width,
+                        op.scale,
+                        op.window or 0,
+                        op.softcap or 0.0,
+                    )
+                case Gate():
+                    self._native.gate(
+                        self._registers[op.gate],
+                        self._registers[op.up],
+                        self._registers[op.output],
+                        str(op.activation),
+                    )
+                case Add():
+                    self._native.add(self._registers[op.input], self._registers[op.output])
+                case Head():
+                    index, packed = self._matrix(op.weight)
+                    self._native.head(
+                        self._registers[op.input], index, _columns(packed), op.softcap or 0.0
+                    )
+        self._native.finish()
+
+    def _matrix(self, name: str) -> tuple[int, PackedMatrix]:
+        if name not in self._matrices:
+            packed = self._weights.matrix(name)
+            index = self._native.add_matrix(
+                packed.planes,
+                packed.scales,
+                packed.offsets,
+                *packed.shape,
+                packed.bits,
+                packed.group_size,
+                packed.zero,
+                str(packed.affine),
+            )
+            self._matrices[name] = (index, packed)
+        return self._matrices[name]
+
+    def _rms_norm(self, op: RmsNorm) -> None:
+        weight = self._weights.vector(op.weight).astype(np.float32) + np.float32(op.weight_offset)
+        width = self._ops.registers[op.input]
+        run = op.head_width or width
+        if weight.shape != (run,):
+            raise ShapeError(f"{op.weight}: found shape {list(weight.shape)}, wanted [{run}]")
+        self._native.rms_norm(
+            self._registers[op.input],
+            self._registers[op.output],
+            weight.tolist(),
+            width // run,
+            op.eps,
+        )
+
+    def _linear(self, op: Linear) -> None:
+        """Weights that want their input in the same column order share one quantization and its tables."""
+        by_order: dict[bytes, list[int]] = {}
+        for i, name in enumerate(op.weights):
+            _, packed = self._matrix(name)
+            width = (self._ops.registers[op.outputs[i]], self._ops.registers[op.input])
+            if packed.shape != width:
+                raise ShapeError(f"{name}: found shape {list(packed.shape)}, wanted {list(width)}")
+            order = b"" if packed.columns is None else packed.columns.tobytes()
+            by_order.setdefault(order, []).append(i)
+        for members in by_order.values():
+            self._native.linear(
+                self._registers[op.input],
+                [self._matrix(op.weights[i])[0] for i in members],
+                [self._registers[op.outputs[i]] for i in members],
+                [self._bias(op.biases[i]) for i in members],
+                _columns(self._matrix(op.weights[members[0]])[1]),
+            )
+
+    def _bias(self, name: str | None) -> list[float]:
+        return [] if name is None else self._weights.vector(name).astype(np.float32).tolist()
+
+
+def _columns(packed: PackedMatrix) -> list[int]:
+    return [] if packed.columns is None else packed.columns.tolist()
+
+
+def isas() -> Sequence[str]:
+    """Instruction-set levels that this CPU runs, slowest first."""
+    return tuple(_native.isas())
+
+
+def default_threads() -> int:
+    """Physical cores that this process may use: its affinity mask and its control group's quota respected."""
+    import psutil
+
+    allowed = (
+        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    )
+    cores = psutil.cpu_count(logical=False) or allowed
+    return max(1, min(cores, allowed, _cpu_quota() or allowed))
+
+
+def _cpu_quota() -> int | None:
+    """Whole CPUs of the control group's quota (version 2, then 1), None without one."""
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+    except (OSError, ValueError):
+        try:
+            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
+            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
+        except OSError:
+            return None
+    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
+        return None  # "max", or -1
+    return max(1, int(quota) // int(period))
