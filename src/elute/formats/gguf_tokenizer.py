@@ -247,10 +247,10 @@ def _byte_level_spec(keys: _Keys, tokens: Sequence[str], kind: PreTokenizer) -> 
 
 
 def _sentencepiece_spec(
-    keys: _Keys, tokens: list[str], types: Sequence[TokenType], named: Mapping[str, str]
+    keys: _Keys, tokens: list[str], types: list[TokenType], named: Mapping[str, str]
 ) -> dict[str, Any]:
     architecture = keys.text_or_none("general.architecture")
-    _respell_spaces(tokens)
+    _respell_spaces(tokens, types)
     merges = _listed_merges(keys, set(tokens))
     if merges is None:
         scores = keys.array("tokenizer.ggml.scores", (float, int), "numbers", len(tokens))
@@ -290,12 +290,16 @@ def _sentencepiece_spec(
     }
 
 
-def _respell_spaces(tokens: list[str]) -> None:
-    """Gemma's runs of spaces are spaces in a GGUF, but text reaches the merges as blocks."""
+def _respell_spaces(tokens: list[str], types: list[TokenType]) -> None:
+    """Gemma's runs of spaces are spaces in a GGUF, but text reaches the merges as blocks.
+
+    They become what merges make: as tokens found before the merges, they would match blocks that
+    the text itself holds, but no spaces.
+    """
     known = set(tokens)
     for i, token in enumerate(tokens):
         if len(token) > 1 and not token.strip(" ") and (blocks := _SPACE * len(token)) not in known:
-            tokens[i] = blocks
+            tokens[i], types[i] = blocks, TokenType.NORMAL
 
 
 def _listed_merges(keys: _Keys, vocabulary: set[str]) -> list[tuple[str, str]] | None:
