@@ -1,8 +1,8 @@
-"""A model and a tokenizer that need no files: deterministic, tiny, and strict about what callers promise."""
+"""A model and a tokenizer that need no files: deterministic, tiny, strict about their callers."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -90,11 +90,11 @@ class FakeTokenizer:
     """One token a byte."""
 
     bos_id: int | None = None
-    eos_ids: frozenset[int] = frozenset({END})
-    vocabulary = VOCABULARY
+    eos_ids: tuple[int, ...] = (END,)
+    vocabulary_size = VOCABULARY
 
     def encode(
-        self, text: str, *, add_special: bool = True, parse_special: bool = True
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
     ) -> list[int]:
         parts = text.split("<end>") if parse_special else [text]
         ids: list[int] = []
@@ -102,10 +102,10 @@ class FakeTokenizer:
             ids += ([END] if i else []) + list(part.encode())
         return ids
 
-    def decode(self, ids: Iterable[int], *, skip_special: bool = False) -> str:
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str:
         return bytes(i for i in ids if i != END).decode(errors="replace")
 
-    def text_stream(self) -> FakeTextStream:
+    def stream(self) -> FakeTextStream:
         return FakeTextStream()
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection, Generator, Iterator, Sequence
+from collections.abc import Callable, Collection, Generator, Iterable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
@@ -201,7 +201,7 @@ class Engine:
         )
 
 
-def join(chunks: Iterator[Chunk]) -> Completion:
+def join(chunks: Iterable[Chunk]) -> Completion:
     """All chunks of one answer -> the answer."""
     parts = list(chunks)
     last = parts[-1]

@@ -27,12 +27,6 @@ class Executor(Protocol):
     @property
     def vocabulary(self) -> int: ...
 
-    @property
-    def n_threads(self) -> int: ...
-
-    @property
-    def isa(self) -> str: ...
-
     def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32:
         """tokens i32 [M] -> logits f32 [1 or M, vocabulary]; the cache forgets what it held from
         `position` on."""

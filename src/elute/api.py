@@ -1,0 +1,337 @@
+"""Text in, text out: load a model, generate, stream, chat, score. Knows no command line."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Protocol, Self, TypedDict, Unpack
+
+from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
+from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
+from elute.runtime.sampler import Sampling
+from elute.runtime.session import Executor
+
+__all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
+
+Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates take them
+
+
+class SamplingOptions(TypedDict, total=False):
+    """The fields of Sampling, as keywords of generate, stream and chat."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    seed: int | None
+    logit_bias: Mapping[int, float]
+    logprobs: int | None
+
+
+class Tokenizer(Protocol):
+    """The part of formats.tokenizer.Tokenizer that a model needs."""
+
+    @property
+    def bos_id(self) -> int | None: ...
+
+    @property
+    def eos_ids(self) -> Sequence[int]: ...
+
+    def encode(
+        self, text: str, *, add_special: bool = True, parse_special: bool = False
+    ) -> list[int]: ...
+
+    def decode(self, ids: Sequence[int], *, skip_special: bool = True) -> str: ...
+
+    def stream(self) -> TextStream: ...
+
+
+class Template(Protocol):
+    """formats.chat_template.ChatTemplate."""
+
+    def render(
+        self, messages: Sequence[Message], *, add_generation_prompt: bool = True, **extra: Any
+    ) -> str: ...
+
+
+@dataclass(frozen=True)
+class Score:
+    """How probable a model finds a text.
+
+    logprobs   natural log of p(token | those before it); None for the first, which nothing predicts
+    """
+
+    tokens: tuple[int, ...]
+    logprobs: tuple[float | None, ...]
+
+    @property
+    def total(self) -> float:
+        """Log probability of the whole text, given its first token."""
+        return sum(entry for entry in self.logprobs if entry is not None)
+
+
+class Model:
+    """A loaded model with one KV cache, so one generation at a time: load it once for each.
+
+    Made by `load`; a context manager that closes it. `path` is its packed directory,
+    `bits_per_weight` counts what its matrices take there, scales and zeros included.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: Tokenizer,
+        *,
+        name: str,
+        path: Path,
+        template: Template | None = None,
+        sampling: Sampling | None = None,
+        bits_per_weight: float = 0.0,
+        close: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.name = name
+        self.path = path
+        self.sampling = Sampling() if sampling is None else sampling
+        self.bits_per_weight = bits_per_weight
+        self._template = template
+        self._tokenizer = tokenizer
+        self._close = close
+        self._engine: Engine | None = Engine(
+            executor, text_stream=tokenizer.stream, end_tokens=frozenset(tokenizer.eos_ids)
+        )
+
+    @property
+    def engine(self) -> Engine:
+        """Raises DeviceError once the model is closed."""
+        if self._engine is None:
+            raise DeviceError(f"{self.name}: the model is closed; load it again")
+        return self._engine
+
+    @property
+    def executor(self) -> Executor:
+        return self.engine.session.executor
+
+    @property
+    def context(self) -> int:
+        """Tokens that prompt and answer may have together."""
+        return self.executor.context
+
+    @property
+    def can_chat(self) -> bool:
+        """Whether the model brought a chat template."""
+        return self._template is not None
+
+    def tokenize(self, text: str, *, special: bool = True) -> list[int]:
+        """Token ids of `text`, no beginning-of-text token. special: "<|im_end|>" is one token."""
+        return self._tokenizer.encode(text, add_special=False, parse_special=special)
+
+    def detokenize(self, tokens: Sequence[int]) -> str:
+        """Text of token ids, special tokens included."""
+        return self._tokenizer.decode(tokens, skip_special=False)
+
+    def prompt(self, prompt: str | Sequence[int] | Sequence[Message]) -> list[int]:
+        """The tokens that `generate` and `stream` compute: of a text as it is, with a
+        beginning-of-text token where the model wants one; of messages, through the chat
+        template; tokens as they are.
+
+        Raises UnsupportedError for messages when the model has no chat template.
+        """
+        if isinstance(prompt, str):
+            return self._tokenizer.encode(prompt, add_special=True, parse_special=True)
+        if not prompt or isinstance(prompt[0], int):
+            return [token for token in prompt if isinstance(token, int)]
+        if self._template is None:
+            raise UnsupportedError(
+                f"{self.name}: found no chat template, wanted one for messages; pass the prompt as "
+                "text, or on the command line use --raw"
+            )
+        text = self._template.render(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+        # The template writes the beginning-of-text token itself.
+        return self._tokenizer.encode(text, add_special=False, parse_special=True)
+
+    def text_tokens(self, text: str) -> tuple[list[int], int | None]:
+        """A text to measure: its tokens, special tokens read as text, and the beginning-of-text
+        token that the tokenizer put before them, if it did.
+        """
+        return text_tokens(self._tokenizer, text)
+
+    def stream(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        ignore_end: bool = False,
+        on_prompt: Callable[[int, int], None] | None = None,
+        cancelled: Callable[[], bool] | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Generator[Chunk]:
+        """The answer in chunks of whole characters; closing it leaves the model usable.
+
+        prompt      as in `prompt`; what it shares with the last prompt and answer is not computed
+                    again
+        max_tokens  None goes on to the end of the context
+        sampling    the model's own settings when None; `options` change single fields of it
+        ignore_end  goes on past the end token
+        on_prompt   called with (tokens done, tokens in all) while the prompt is computed
+        cancelled   asked between tokens; True ends the answer with finish_reason "cancelled"
+
+        Raises BudgetError for a prompt beyond the context and ShapeError for a setting out of
+        range, at the call; DeviceError for non-finite logits and UnsupportedError when another
+        answer was begun, while it runs.
+        """
+        chosen = dataclasses.replace(self.sampling if sampling is None else sampling, **options)
+        return self.engine.stream(
+            self.prompt(prompt),
+            chosen,
+            max_tokens=max_tokens,
+            stop=stop,
+            ignore_end=ignore_end,
+            on_prompt=on_prompt,
+            cancelled=cancelled,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[int] | Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        ignore_end: bool = False,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """What follows `prompt`, as it is. Arguments and errors are those of `stream`."""
+        return join(
+            self.stream(
+                prompt,
+                max_tokens=max_tokens,
+                stop=stop,
+                sampling=sampling,
+                ignore_end=ignore_end,
+                **options,
+            )
+        )
+
+    def chat(
+        self,
+        messages: str | Sequence[Message],
+        *,
+        max_tokens: int | None = None,
+        stop: Sequence[str] = (),
+        sampling: Sampling | None = None,
+        **options: Unpack[SamplingOptions],
+    ) -> Completion:
+        """The assistant's next message, to a text or to messages. Arguments as in `stream`."""
+        if isinstance(messages, str):
+            messages = [{"role": "user", "content": messages}]
+        return self.generate(
+            messages, max_tokens=max_tokens, stop=stop, sampling=sampling, **options
+        )
+
+    def score(self, text: str | Sequence[int]) -> Score:
+        """Log probability of each token of a text, or of tokens. Raises as `stream` does."""
+        tokens = self.prompt(text)
+        logprobs = self.engine.session.score(tokens)
+        return Score(tuple(tokens), (None, *(float(entry) for entry in logprobs)))
+
+    def close(self) -> None:
+        """Gives weights and cache back. Closing twice is fine; all other use raises DeviceError."""
+        if self._engine is not None:
+            self._engine.session.reset()  # ends a stream that is still open
+            self._engine = None
+            self._close()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        self.close()
+
+
+def text_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
+    """Model.text_tokens, without a model."""
+    tokens = tokenizer.encode(text, add_special=True, parse_special=False)
+    starts = bool(tokens) and tokenizer.bos_id is not None and tokens[0] == tokenizer.bos_id
+    return tokens, tokenizer.bos_id if starts else None
+
+
+def load(
+    model: str | Path = "default",
+    *,
+    bits: int | None = None,
+    recipe: Any = None,
+    context: int | None = None,
+    threads: int | None = None,
+    isa: str | None = None,
+    cache_dir: Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> Model:
+    """A model that is ready to answer; the first time it is fetched and packed into the cache.
+
+    model     a packed folder, a GGUF file, a Hugging Face folder or id, or "default", a small model
+    bits      of the linear layers, 1 to 8; a quantized checkpoint is then quantized again. Left
+              out, a quantized checkpoint keeps its codes and others get 4
+    recipe    instead of bits: what each tensor gets, a Recipe or the path of its file
+    context   tokens of prompt and answer together; the model's own, or less, when None
+    threads   physical cores when None
+    isa       an instruction set of `elute doctor`; the best when None
+    progress  called with (stage, done, total)
+
+    Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
+    BudgetError for a full disk, DeviceError for an unknown isa.
+    """
+    from elute.formats.chat_template import ChatTemplate
+    from elute.formats.tokenizer import Tokenizer as FileTokenizer
+    from elute.model.families import op_list
+    from elute.runtime.executor import Executor as NativeExecutor
+    from elute.runtime.store import open_packed
+
+    packed = open_packed(
+        str(model), bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress
+    )
+    files = packed.tokenizer_files()
+    tokenizer = FileTokenizer.from_files(files)
+    executor = NativeExecutor(
+        op_list(packed.config), packed, context=context, n_threads=threads, isa=isa
+    )
+    has_template = files.chat_template or files.tokenizer_config.get("chat_template")
+    return Model(
+        executor,
+        tokenizer,
+        name=str(model),
+        path=packed.path,
+        template=ChatTemplate.from_files(files) if has_template else None,
+        sampling=model_sampling(files.generation_config),
+        bits_per_weight=packed.bits_per_weight,
+    )
+
+
+def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:
+    """Sampling as the model's authors advise; elute's own where they say nothing.
+
+    Reads the keys of Hugging Face's generation_config.json. Raises FormatError for an impossible
+    value.
+    """
+    if generation_config.get("do_sample") is False:
+        return Sampling(temperature=0.0)
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    advised = {
+        name: generation_config[name] for name in names if generation_config.get(name) is not None
+    }
+    try:
+        return Sampling(**advised)
+    except ShapeError as error:
+        raise FormatError(f"generation_config.json: {error}") from None

@@ -1,0 +1,91 @@
+"""`elute bench`: prompt and generation speed."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import click
+
+from elute.cli import options
+
+
+@click.command("bench")
+@click.argument("model", default="default")
+@click.option("--prompt", default=512, show_default=True, help="Tokens of pp; 0 leaves it out.")
+@click.option("--generate", default=128, show_default=True, help="Tokens of tg; 0 leaves it out.")
+@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
+@click.option(
+    "--threads", metavar="N,N", help="Thread counts to compare.  [default: 1 to all physical cores]"
+)
+@click.option("--isa", help="Instruction set to use instead of the best one; see doctor.")
+@options.pack_options
+@options.as_json
+@options.quiet
+def command(
+    model: str,
+    prompt: int,
+    generate: int,
+    repeats: int,
+    threads: str | None,
+    isa: str | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Measure MODEL under the names of llama-bench: pp512 is a prompt, tg128 is generation.
+
+    Thread counts take turns within each repeat; figures are medians, with the best and the worst.
+    """
+    from elute.bench.end_to_end import bench
+    from elute.cli.screen import Screen, answer_json, peak_memory_bytes
+    from elute.model.families import op_list
+    from elute.runtime.executor import Executor
+    from elute.runtime.store import open_packed
+
+    counts = _counts(threads)
+    with Screen(quiet=quiet) as screen:
+        packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
+        ops = op_list(packed.config)
+        context = max(prompt, generate, 1)
+        executors = {
+            n: Executor(ops, packed, context=context, n_threads=n, isa=isa) for n in counts
+        }
+        speeds = bench(
+            executors,
+            prompt=prompt,
+            generate=generate,
+            repeats=repeats,
+            progress=lambda done, total: screen("bench", done, total),
+        )
+    if as_json:
+        answer_json(
+            {
+                "model": model,
+                "bits_per_weight": round(packed.bits_per_weight, 3),
+                "isa": executors[counts[0]].isa,
+                "peak_memory_bytes": peak_memory_bytes(),
+                "results": [dataclasses.asdict(speed) for speed in speeds],
+            }
+        )
+        return
+    click.echo(f"{'test':<8}{'threads':>8}{'tok/s':>10}{'best':>10}{'worst':>10}")
+    for speed in speeds:
+        click.echo(
+            f"{speed.test:<8}{speed.n_threads:>8}{speed.median_tok_s:>10.1f}"
+            f"{speed.best_tok_s:>10.1f}{speed.worst_tok_s:>10.1f}"
+        )
+
+
+def _counts(threads: str | None) -> list[int]:
+    if threads is None:
+        from elute.runtime.executor import default_threads
+
+        return list(range(1, default_threads() + 1))
+    try:
+        counts = [int(part) for part in threads.split(",")]
+    except ValueError:
+        counts = []
+    if not counts or min(counts) < 1:
+        raise click.BadParameter(f"found {threads!r}, wanted numbers from 1 such as 1,2,4")
+    return list(dict.fromkeys(counts))

@@ -1,0 +1,100 @@
+"""`elute chat`: a conversation at the terminal."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elute.cli import EXIT_INTERRUPTED, options
+from elute.cli.run import answer
+
+if TYPE_CHECKING:
+    from elute.api import Model
+    from elute.cli.screen import Screen
+
+HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
+
+
+@click.command("chat")
+@click.argument("model", default="default")
+@click.option("--system", metavar="TEXT", help="System message of the conversation.")
+@options.sampling_options
+@options.load_options
+@options.quiet
+def command(model: str, **given: Any) -> int:
+    """Talk with MODEL, line by line. What a turn shares with the last one is not computed again.
+
+    Commands: /reset starts over, /exit or Ctrl-D leaves. Ctrl-C ends an answer, twice leaves. Lines
+    are read from stdin; without a terminal there is no prompt. What you type is kept for the arrow
+    keys and not saved.
+    """
+    from elute.cli.screen import Screen
+
+    with (
+        Screen(quiet=given["quiet"]) as screen,
+        options.load_model(model, screen, given) as loaded,
+    ):
+        if not loaded.can_chat:
+            from elute.errors import UnsupportedError
+
+            raise UnsupportedError(
+                f"{loaded.name}: found no chat template, wanted one to chat; use elute run --raw"
+            )
+        if sys.stdin.isatty():
+            with contextlib.suppress(ImportError):
+                import readline  # noqa: F401  # gives input() its arrow keys and history
+
+            screen.note(f"{loaded.name}, context {loaded.context}. {HELP}.")
+        return _converse(loaded, given, screen)
+
+
+def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
+    from elute.errors import BudgetError
+
+    start = [] if given["system"] is None else [{"role": "system", "content": given["system"]}]
+    messages = list(start)
+    interrupted = False  # the last line was a Ctrl-C as well
+    while True:
+        try:
+            line = input(">>> ") if sys.stdin.isatty() else _next_line()
+            interrupted = False
+        except EOFError:
+            return 0
+        except KeyboardInterrupt:
+            if interrupted or not sys.stdin.isatty():
+                return EXIT_INTERRUPTED
+            interrupted = True
+            screen.note("\nCtrl-C again, /exit or Ctrl-D leaves")
+            continue
+        text = line.strip()
+        if text in ("/exit", "/quit"):
+            return 0
+        if text == "/reset":
+            messages = list(start)
+            screen.note("a new conversation")
+        elif text == "/help":
+            screen.note(HELP)
+        elif text.startswith("/") and " " not in text and text.count("/") == 1:
+            screen.note(f"no command {text}; {HELP}")
+        elif text:
+            asked = [*messages, {"role": "user", "content": line}]
+            try:
+                done = answer(model, asked, given, screen=screen, show=True)
+            except BudgetError as error:
+                # The conversation as it was still fits; only this message does not.
+                click.echo(f"error: {error} (/reset starts over)", err=True)
+                continue
+            from elute.cli.screen import figures_line
+
+            messages = [*asked, {"role": "assistant", "content": done.text}]
+            screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
+
+
+def _next_line() -> str:
+    line = sys.stdin.readline()
+    if not line:
+        raise EOFError
+    return line.removesuffix("\n")

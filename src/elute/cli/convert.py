@@ -1,0 +1,47 @@
+"""`elute convert`: a model into a packed folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elute.cli import options
+
+
+@click.command("convert")
+@click.argument("source", metavar="SRC")
+@click.argument("out", type=click.Path(path_type=Path))
+@options.pack_options
+@click.option("--force", is_flag=True, help="Replace a packed model that OUT has already.")
+@options.as_json
+@options.quiet
+def command(source: str, out: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Pack the model SRC into the new folder OUT.
+
+    Codes of a quantized SRC are kept, without any loss, unless --bits or the recipe asks for
+    others. OUT appears when it is complete, or not at all.
+    """
+    from elute.cli.screen import MIB, Screen, answer_json
+    from elute.errors import UnsupportedError
+    from elute.runtime.store import choose_recipe, fetch, is_packed, pack_checkpoint
+
+    recipe = choose_recipe(given["bits"], given["recipe"])
+    with Screen(quiet=quiet) as screen:
+        path = fetch(source, progress=screen).path
+        if is_packed(path):
+            raise UnsupportedError(f"{path}: is packed already; give the model it was made from")
+        packed = pack_checkpoint(path, out, recipe, force=given["force"], progress=screen)
+        screen.note(
+            f"{packed.path}: {packed.nbytes / MIB:.0f} MiB, "
+            f"{packed.bits_per_weight:.2f} bits a weight"
+        )
+    if as_json:
+        answer_json(
+            {
+                "path": str(packed.path),
+                "bytes": packed.nbytes,
+                "bits_per_weight": round(packed.bits_per_weight, 3),
+            }
+        )

@@ -1,0 +1,160 @@
+"""`elute doctor`: what elute finds on this machine, for users and bug reports."""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+from pathlib import Path
+from typing import Any
+
+import click
+
+from elute.cli import options
+
+# Where a container finds its limit: cgroup v2, then v1, which says "none" with a huge number.
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+NO_LIMIT_BYTES = 1 << 60
+LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2")
+
+
+@click.command("doctor")
+@options.as_json
+def command(as_json: bool) -> int:
+    """Show CPU, memory, cache and versions, and test the kernels of every instruction set.
+
+    Exits with 1 when a kernel is wrong or the native module does not load.
+    """
+    from elute.cli.screen import answer_json
+
+    found = examine()
+    if as_json:
+        answer_json(found)
+    else:
+        click.echo(_page(found))
+    return 0 if found["ok"] else 1
+
+
+def examine() -> dict[str, Any]:
+    """The keys of --json. Sizes in bytes."""
+    import psutil
+
+    from elute.formats.sources import cache_dir
+
+    cache = cache_dir()
+    kernels = _kernels()
+    return {
+        "elute": _version("elute"),
+        "python": platform.python_version(),
+        "system": f"{platform.system()} {platform.release()} {platform.machine()}",
+        "cpu": _cpu_name(),
+        "cores": psutil.cpu_count(logical=False),
+        "usable_cores": _usable_cores(),
+        "memory_bytes": psutil.virtual_memory().total,
+        "memory_available_bytes": psutil.virtual_memory().available,
+        "memory_limit_bytes": memory_limit_bytes(),
+        "cache": str(cache),
+        "cache_bytes": _size(cache),
+        "disk_free_bytes": shutil.disk_usage(_existing(cache)).free,
+        "libraries": {name: _version(name) for name in LIBRARIES},
+        **kernels,
+        "ok": kernels["native_error"] is None and all(kernels["kernel_test"].values()),
+    }
+
+
+def _kernels() -> dict[str, Any]:
+    """Instruction sets, the chosen one, and whether each multiplies right."""
+    from elute.errors import EluteError
+
+    try:
+        from elute.runtime.self_test import available_isas, best_isa, kernels_are_right
+    except ImportError as error:
+        return {"isas": [], "isa": None, "kernel_test": {}, "native_error": str(error)}
+    tested: dict[str, bool] = {}
+    error_text = None
+    for isa in available_isas():
+        try:
+            tested[isa] = kernels_are_right(isa)
+        except EluteError as error:
+            tested[isa], error_text = False, str(error)
+    return {
+        "isas": list(tested),
+        "isa": best_isa(),
+        "kernel_test": tested,
+        "native_error": error_text,
+    }
+
+
+def memory_limit_bytes(files: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
+    """What the control group allows; None without a limit."""
+    for file in files:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < NO_LIMIT_BYTES:
+            return int(text)
+    return None
+
+
+def _usable_cores() -> int | None:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count()
+
+
+def _cpu_name() -> str:
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass  # not Linux: what Python knows must do
+    return platform.processor() or platform.machine()
+
+
+def _version(package: str) -> str | None:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
+
+
+def _existing(path: Path) -> Path:
+    return path if path.exists() else _existing(path.parent)
+
+
+def _size(path: Path) -> int:
+    return sum(file.lstat().st_size for file in path.rglob("*") if file.is_file())
+
+
+def _page(found: dict[str, Any]) -> str:
+    from elute.cli.screen import MIB
+
+    limit = found["memory_limit_bytes"]
+    tests = ", ".join(
+        f"{isa} {'right' if right else 'WRONG'}" for isa, right in found["kernel_test"].items()
+    )
+    lines = [
+        ("elute", f"{found['elute']}, Python {found['python']}, {found['system']}"),
+        ("cpu", f"{found['cpu']}, {found['cores']} cores, {found['usable_cores']} usable"),
+        (
+            "memory",
+            f"{found['memory_bytes'] / MIB:.0f} MiB, "
+            f"{found['memory_available_bytes'] / MIB:.0f} MiB available, "
+            + (f"limited to {limit / MIB:.0f} MiB" if limit is not None else "no limit"),
+        ),
+        (
+            "cache",
+            f"{found['cache']}: {found['cache_bytes'] / MIB:.0f} MiB, "
+            f"{found['disk_free_bytes'] / MIB:.0f} MiB free",
+        ),
+        ("kernels", f"{tests or 'none'}; chosen: {found['isa']}"),
+        ("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["libraries"].items())),
+        ("verdict", "ready" if found["ok"] else f"not ready: {found['native_error'] or tests}"),
+    ]
+    return "\n".join(f"{name:<10}{value}" for name, value in lines)

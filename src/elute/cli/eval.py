@@ -1,0 +1,149 @@
+"""`elute eval`: perplexity, and the distance to another model."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elute.cli import options
+
+if TYPE_CHECKING:
+    from elute.cli.screen import Screen
+    from elute.runtime.session import Executor
+
+
+@click.command("eval")
+@click.argument("model", default="default")
+@click.option(
+    "--text",
+    "text_path",
+    required=True,
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="The text, UTF-8.",
+)
+@click.option("--windows", type=click.IntRange(1), help="Windows to use.  [default: all]")
+@click.option("--reference", is_flag=True, help="Run the slow float reference of MODEL instead.")
+@click.option("--against", metavar="BASE", help="Also D(BASE || MODEL), nats a token.")
+@options.load_options
+@options.as_json
+@options.quiet
+def command(
+    model: str,
+    text_path: Path,
+    windows: int | None,
+    reference: bool,
+    against: str | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> None:
+    """Measure the perplexity of MODEL on a text, by the protocol of llama.cpp.
+
+    The text is cut into windows of --context tokens (512), each evaluated alone, the predictions of
+    its second half scored. --reference runs MODEL's weights in float: of a packed folder, or with
+    --bits or --recipe, the packed codes; otherwise what the source holds.
+    """
+    from elute.cli.screen import Screen, answer_json
+    from elute.evaluate.kl import divergence
+    from elute.evaluate.perplexity import perplexity, text_windows
+
+    context = given["context"] or 512
+    with Screen(quiet=quiet) as screen:
+        executor, tokens, bos = _subject(model, text_path, screen, reference, context, given)
+        cut = text_windows(tokens, context=context, n_windows=windows, bos=bos)
+        result = perplexity(
+            executor, cut, progress=lambda done, total: screen("perplexity", done, total)
+        )
+        told: dict[str, Any] = {
+            "model": model,
+            "reference": reference,
+            "text": text_path.name,
+            "context": context,
+            "windows": result.n_windows,
+            "tokens_scored": result.n_scored,
+            "perplexity": round(result.perplexity, 4),
+            "standard_error": round(result.standard_error, 4),
+        }
+        if against is not None:
+            plain = {**given, "bits": None, "recipe": None}
+            base, base_tokens, _ = _subject(against, text_path, screen, False, context, plain)
+            _check_same_tokens(tokens, base_tokens, against)
+            distance = divergence(
+                base, executor, cut, progress=lambda done, total: screen("kl", done, total)
+            )
+            told |= {
+                "against": against,
+                "kl": round(distance.mean, 6),
+                "kl_median": round(distance.median, 6),
+                "kl_99": round(distance.percentile_99, 6),
+                "kl_max": round(distance.maximum, 6),
+                "same_top": round(distance.same_top, 5),
+            }
+    if as_json:
+        answer_json(told)
+        return
+    click.echo(
+        f"perplexity {told['perplexity']:.4f} ± {told['standard_error']:.4f} "
+        f"({told['windows']} windows of {context}, {told['tokens_scored']} tokens scored)"
+    )
+    if against is not None:
+        click.echo(
+            f"kl to {against} {told['kl']:.4f}, median {told['kl_median']:.4f}, 99 % "
+            f"{told['kl_99']:.4f}; same best token {100 * told['same_top']:.1f} %"
+        )
+
+
+def _subject(
+    model: str,
+    text_path: Path,
+    screen: Screen,
+    reference: bool,
+    context: int,
+    given: dict[str, Any],
+) -> tuple[Executor, list[int], int | None]:
+    """-> what runs, the tokens of the text, the token that every window begins with"""
+    from elute.runtime.store import fetch, open_packed
+
+    if not reference:
+        loaded = options.load_model(model, screen, {**given, "context": context})
+        tokens, bos = loaded.text_tokens(_read(text_path))
+        return loaded.executor, tokens, bos
+    from elute.api import text_tokens
+    from elute.evaluate.reference import reference_executor
+    from elute.formats import open_checkpoint
+    from elute.formats.packed import PackedModel
+    from elute.formats.tokenizer import Tokenizer
+    from elute.runtime.store import is_packed
+
+    asked = {"bits": given["bits"], "recipe": given["recipe"]}
+    if any(value is not None for value in asked.values()):
+        path = open_packed(model, **asked, progress=screen).path
+    else:
+        path = fetch(model, progress=screen).path
+    source = PackedModel.open(path) if is_packed(path) else open_checkpoint(path)
+    tokenizer = Tokenizer.from_files(source.tokenizer_files())
+    tokens, bos = text_tokens(tokenizer, _read(text_path))
+    return reference_executor(path, context=context), tokens, bos
+
+
+def _read(path: Path) -> str:
+    from elute.errors import FormatError
+
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8"
+        ) from None
+
+
+def _check_same_tokens(tokens: list[int], base_tokens: list[int], against: str) -> None:
+    from elute.errors import UnsupportedError
+
+    if tokens != base_tokens:
+        raise UnsupportedError(
+            f"{against}: its tokenizer cuts the text into other tokens, wanted the same; compare "
+            "models with one tokenizer"
+        )

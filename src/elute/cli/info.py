@@ -1,0 +1,106 @@
+"""`elute info`: what a model consists of."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elute.cli import options
+
+if TYPE_CHECKING:
+    from elute.formats.packed import PackedModel
+
+
+@click.command("info")
+@click.argument("model", default="default")
+@options.pack_options
+@click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
+@options.as_json
+@options.quiet
+def command(model: str, verify: bool, as_json: bool, quiet: bool, **given: Any) -> None:
+    """Show architecture, sizes and quantization of MODEL, packed first where it is not."""
+    from elute.cli.screen import Screen, answer_json
+    from elute.runtime.store import open_packed
+
+    with Screen(quiet=quiet) as screen:
+        packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
+    if verify:
+        packed.verify()
+    told = describe(packed)
+    if verify:
+        told["verified"] = True
+    if as_json:
+        answer_json(told)
+    else:
+        click.echo(_page(told))
+
+
+def describe(packed: PackedModel) -> dict[str, Any]:
+    """The keys of --json."""
+    from elute.formats.packed_layout import MatrixRecord
+    from elute.formats.tokenizer import Tokenizer
+    from elute.model.families import op_list
+
+    ops = op_list(packed.config)
+    files = packed.tokenizer_files()
+    tokenizer = Tokenizer.from_files(files)
+    kinds: dict[tuple[int, int, str], list[int]] = defaultdict(lambda: [0, 0, 0])
+    for record in packed.records.values():
+        if isinstance(record, MatrixRecord):
+            totals = kinds[record.bits, record.group_size, record.affine.value]
+            totals[0] += 1
+            totals[1] += record.shape[0] * record.shape[1]
+            totals[2] += sum(part.n_bytes for part in record.parts())
+    return {
+        "path": str(packed.path),
+        "source": packed.source,
+        "model_type": packed.config.get("model_type"),
+        "weights": sum(totals[1] for totals in kinds.values()),
+        "bytes": packed.nbytes,
+        "bits_per_weight": round(packed.bits_per_weight, 3),
+        "layers": ops.n_layers,
+        "vocabulary": ops.vocabulary,
+        "context": ops.context,
+        "cache_bytes_per_token": 2 * 2 * ops.n_layers * ops.n_kv_heads * ops.head_width,
+        "chat_template": bool(files.chat_template or files.tokenizer_config.get("chat_template")),
+        "end_tokens": [tokenizer.token_text(token) for token in tokenizer.eos_ids],
+        "matrices": [
+            {
+                "bits": bits,
+                "group_size": group_size,
+                "affine": affine,
+                "count": count,
+                "weights": weights,
+                "bytes": n_bytes,
+            }
+            for (bits, group_size, affine), (count, weights, n_bytes) in sorted(kinds.items())
+        ],
+    }
+
+
+def _page(told: dict[str, Any]) -> str:
+    from elute.cli.screen import MIB
+
+    lines = [
+        ("path", told["path"]),
+        ("made from", told["source"]),
+        ("model", f"{told['model_type']}, {told['layers']} layers"),
+        ("weights", f"{told['weights'] / 1e6:.1f} million, {told['bytes'] / MIB:.0f} MiB"),
+        ("bits", f"{told['bits_per_weight']:.2f} a weight, scales included"),
+        *(
+            (
+                "",
+                f"{kind['bits']} bits, groups of {kind['group_size']}, {kind['affine']}: "
+                f"{kind['count']} matrices, {kind['weights'] / 1e6:.1f} million weights",
+            )
+            for kind in told["matrices"]
+        ),
+        ("context", f"{told['context']} tokens, {told['cache_bytes_per_token']} bytes each"),
+        ("vocabulary", f"{told['vocabulary']}, answers end at {', '.join(told['end_tokens'])}"),
+        ("chat", "has a template" if told["chat_template"] else "no template: use run --raw"),
+    ]
+    if told.get("verified"):
+        lines.append(("files", "all as the manifest says"))
+    return "\n".join(f"{name:<12}{value}" for name, value in lines)

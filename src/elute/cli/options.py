@@ -1,0 +1,95 @@
+"""Options that several verbs share, and what becomes of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+if TYPE_CHECKING:
+    from elute.api import Model
+    from elute.cli.screen import Screen
+
+Function = TypeVar("Function", bound=Callable[..., Any])
+Decorator = Callable[[Function], Function]
+
+quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer and errors.")
+as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
+
+
+def _all(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
+    def decorate(function: Function) -> Function:
+        for option in reversed(options):
+            function = option(function)
+        return function
+
+    return decorate
+
+
+pack_options = _all(
+    click.option(
+        "--bits",
+        type=click.IntRange(1, 8),
+        help="Bits a weight of linear layers, also where that quantizes a quantized model again.  "
+        "[default: the model's own, or 4]",
+    ),
+    click.option(
+        "--recipe",
+        type=click.Path(exists=True, dir_okay=False, path_type=Path),
+        help="A file that says what each tensor gets.",
+    ),
+)
+
+load_options = _all(
+    pack_options,
+    click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together."),
+    click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]"),
+    click.option("--isa", help="Instruction set to use instead of the best one; see doctor."),
+)
+
+sampling_options = _all(
+    click.option("--max-tokens", type=click.IntRange(0), help="Longest answer."),
+    click.option("--stop", multiple=True, metavar="TEXT", help="End before this; repeatable."),
+    click.option("--temperature", type=float, help="0 is greedy."),
+    click.option("--top-k", type=int, help="Keep the K most probable tokens; 0 keeps all."),
+    click.option("--top-p", type=float, help="Keep the most probable tokens that reach P."),
+    click.option("--min-p", type=float, help="Keep tokens P times as probable as the best."),
+    click.option("--repetition-penalty", type=float, help="Divides logits of earlier tokens."),
+    click.option("--presence-penalty", type=float, help="Subtracted once from used tokens."),
+    click.option("--frequency-penalty", type=float, help="Subtracted for every use of a token."),
+    click.option("--seed", type=int, help="Repeat an answer."),
+)
+
+SAMPLING_NAMES = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+    "seed",
+    "logprobs",
+)
+
+
+def given_sampling(options: dict[str, Any]) -> dict[str, Any]:
+    """The sampling options that were given, out of all options of a command."""
+    return {name: options[name] for name in SAMPLING_NAMES if options.get(name) is not None}
+
+
+def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
+    """elute.load with the load_options of a command."""
+    from elute import api
+
+    return api.load(
+        model,
+        bits=options["bits"],
+        recipe=options["recipe"],
+        context=options["context"],
+        threads=options["threads"],
+        isa=options["isa"],
+        progress=screen,
+    )

@@ -1,0 +1,137 @@
+"""`elute run`: one prompt, one answer."""
+
+from __future__ import annotations
+
+import sys
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elute.cli import EXIT_INTERRUPTED, options
+
+if TYPE_CHECKING:
+    from elute.api import Model
+    from elute.runtime.engine import Chunk, Completion
+
+
+@click.command("run")
+@click.argument("model_and_prompt", nargs=-1, metavar="[MODEL] PROMPT")
+@click.option("--raw", is_flag=True, help="Continue the prompt as it is, without chat template.")
+@click.option("--system", metavar="TEXT", help="System message, before the prompt.")
+@click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
+@options.sampling_options
+@options.load_options
+@options.as_json
+@options.quiet
+def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
+    """Answer PROMPT, streaming it to stdout; "-" reads the prompt from stdin.
+
+    MODEL is the default model when it is left out. The last line on stderr has the figures of the
+    run. Ctrl-C ends the answer, and once more leaves at once; both exit with 130.
+
+    \b
+        elute run "Why is the sky blue?"
+        elute run Qwen/Qwen3-0.6B --bits 3 "Why is the sky blue?"
+        git diff | elute run default --system "Write a commit message." -
+    """
+    from elute.cli.screen import Screen
+
+    name, text = _split(model_and_prompt)
+    if given["logprobs"] is not None and not given["as_json"]:
+        raise click.UsageError("--logprobs needs --json")
+    if given["raw"] and given["system"] is not None:
+        raise click.UsageError("--system needs the chat template, which --raw leaves out")
+    if text == "-":
+        text = sys.stdin.read()
+    with Screen(quiet=given["quiet"]) as screen:
+        started = time.perf_counter()
+        with options.load_model(name, screen, given) as model:
+            load_s = time.perf_counter() - started
+            prompt: Any = text
+            if not given["raw"] and model.can_chat:
+                system = given["system"]
+                before = [] if system is None else [{"role": "system", "content": system}]
+                prompt = [*before, {"role": "user", "content": text}]
+            elif given["system"] is not None:
+                raise click.UsageError("--system needs a chat template, and this model has none")
+            done = answer(model, prompt, given, screen=screen, show=not given["as_json"])
+            if given["as_json"]:
+                _print_json(model, done, load_s)
+            else:
+                from elute.cli.screen import figures_line
+
+                screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
+    return EXIT_INTERRUPTED if done.finish_reason == "cancelled" else 0
+
+
+def _split(arguments: tuple[str, ...]) -> tuple[str, str]:
+    """-> model, prompt"""
+    if len(arguments) == 2:
+        return arguments[0], arguments[1]
+    if len(arguments) == 1:
+        if arguments[0] == "default" or Path(arguments[0]).exists():
+            raise click.UsageError(f"found the model {arguments[0]} but no PROMPT; - reads stdin")
+        return "default", arguments[0]
+    raise click.UsageError(
+        f"found {len(arguments)} arguments, wanted [MODEL] PROMPT; is the prompt in quotes?"
+    )
+
+
+def answer(
+    model: Model, prompt: Any, given: dict[str, Any], *, screen: Any, show: bool
+) -> Completion:
+    """Generates; Ctrl-C ends the answer. show: stream it to stdout, with a newline at its end."""
+    from elute.cli.interrupts import Interrupts
+    from elute.runtime.engine import join
+
+    chunks: list[Chunk] = []
+    with Interrupts() as interrupts:
+        for chunk in model.stream(
+            prompt,
+            max_tokens=given["max_tokens"],
+            stop=given["stop"],
+            on_prompt=lambda done, total: screen("prompt", done, total),
+            cancelled=interrupts.cancelled,
+            **options.given_sampling(given),
+        ):
+            chunks.append(chunk)
+            if show and chunk.text:
+                screen.clear()
+                sys.stdout.write(chunk.text)
+                sys.stdout.flush()
+    if show:
+        sys.stdout.write("\n")
+        sys.stdout.flush()
+    return join(chunks)
+
+
+def _print_json(model: Model, done: Completion, load_s: float) -> None:
+    from elute.cli.screen import answer_json, figures_json, seconds_since_start
+
+    value: dict[str, Any] = {
+        "model": model.name,
+        "text": done.text,
+        "finish_reason": done.finish_reason,
+        "stop": done.stop,
+        "seed": done.seed,
+        **figures_json(done.figures, bits_per_weight=model.bits_per_weight),
+        "load_s": round(load_s, 4),
+        # Measured at the end, less what came after the first token.
+        "start_to_first_token_s": round(seconds_since_start() - done.figures.generation_s, 3),
+    }
+    if done.logprobs:
+        value["logprobs"] = [
+            {
+                "token": entry.token,
+                "text": model.detokenize([entry.token]),
+                "logprob": entry.logprob,
+                "top": [
+                    {"token": token, "text": model.detokenize([token]), "logprob": logprob}
+                    for token, logprob in entry.top
+                ],
+            }
+            for entry in done.logprobs
+        ]
+    answer_json(value)

@@ -1,0 +1,133 @@
+"""What a command says beside its answer, all of it on stderr: notes, bars, the line of figures."""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from typing import TYPE_CHECKING, Any, Self
+
+import click
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+    from elute.runtime.engine import Figures
+
+MIB = 1 << 20
+QUIET_S = 1.0  # a stage shorter than this is not worth a line in a log
+
+
+def answer_json(value: dict[str, Any]) -> None:
+    """One JSON object on one line of stdout."""
+    click.echo(json.dumps(value, ensure_ascii=False))
+
+
+class Screen:
+    """Progress of the slow stages (fetch, convert, prompt), then a line for each that took a while.
+
+    Bars only on a terminal, nothing at all when quiet. Call it with (stage, done, total); a context
+    manager that takes its bars away.
+    """
+
+    def __init__(self, *, quiet: bool = False) -> None:
+        self.quiet = quiet
+        self._bars = not quiet and sys.stderr.isatty()
+        self._progress: Progress | None = None
+        self._tasks: dict[str, TaskID] = {}
+        self._started: dict[str, float] = {}
+
+    def note(self, text: str) -> None:
+        if not self.quiet:
+            self.clear()
+            click.echo(text, err=True)
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """`stage` is done / total through; units are the caller's. Stages may overlap."""
+        started = self._started.setdefault(stage, time.perf_counter())
+        if self._bars:
+            self._show(stage, done, total)
+        if total and done >= total:
+            del self._started[stage]
+            took = time.perf_counter() - started
+            if took >= QUIET_S:
+                self.note(f"{stage}: {took:.1f} s")
+
+    def _show(self, stage: str, done: int, total: int) -> None:
+        """total: 0 while it is not known"""
+        if self._progress is None:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.percentage:>3.0f}%"),
+                TimeRemainingColumn(),
+                console=Console(stderr=True),
+                transient=True,
+            )
+            self._progress.start()
+        if stage not in self._tasks:
+            self._tasks[stage] = self._progress.add_task(stage, total=total or None)
+        self._progress.update(self._tasks[stage], completed=done, total=total or None)
+
+    def clear(self) -> None:
+        """Takes the bars off the terminal, before something else is written."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+            self._tasks.clear()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.clear()
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this program so far."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such module; psutil knows its peak
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def seconds_since_start() -> float:
+    """Since the operating system started this program: what a user waited, imports and all."""
+    import psutil
+
+    return time.time() - float(psutil.Process().create_time())
+
+
+def figures_line(figures: Figures, *, bits_per_weight: float) -> str:
+    """The last line of a run."""
+    reused = f" ({figures.reused_tokens} reused)" if figures.reused_tokens else ""
+    return " · ".join(
+        [
+            f"prompt {figures.prompt_tokens} tokens{reused} {figures.prompt_rate_tok_s:.1f} tok/s",
+            f"generated {figures.generated_tokens} tokens {figures.generated_rate_tok_s:.1f} tok/s",
+            f"first token {figures.first_token_s:.2f} s",
+            f"peak memory {peak_memory_bytes() / MIB:.0f} MiB",
+            f"{bits_per_weight:.2f} bits a weight",
+        ]
+    )
+
+
+def figures_json(figures: Figures, *, bits_per_weight: float) -> dict[str, Any]:
+    """The same figures under the keys of --json."""
+    return {
+        "prompt_tokens": figures.prompt_tokens,
+        "reused_tokens": figures.reused_tokens,
+        "generated_tokens": figures.generated_tokens,
+        "prompt_tok_s": round(figures.prompt_rate_tok_s, 2),
+        "generated_tok_s": round(figures.generated_rate_tok_s, 2),
+        "first_token_s": round(figures.first_token_s, 4),
+        "peak_memory_bytes": peak_memory_bytes(),
+        "bits_per_weight": round(bits_per_weight, 3),
+    }
