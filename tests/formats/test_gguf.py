@@ -13,6 +13,7 @@ from gguf_files import HEADS, HIDDEN, KV_HEADS, LAYERS, VOCAB, WIDTH, random_wei
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.gguf import GgufCheckpoint, open_gguf
+from elute.model.families import op_list
 from elute.types import QuantizedMatrix
 
 FAMILIES = tuple(gguf_files.NORMS)
@@ -57,6 +58,14 @@ def test_names_and_shapes_are_those_of_transformers(architecture: str, tmp_path:
     state = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
     del state["lm_head.weight"]  # tied
     assert {name: checkpoint.shape(name) for name in checkpoint.names()} == state
+
+
+@pytest.mark.parametrize("architecture", FAMILIES)
+def test_the_op_list_uses_every_tensor_and_no_other(architecture: str, tmp_path: Path) -> None:
+    weights = random_weights(architecture, biases=BIASES.get(architecture, ()))
+    checkpoint = opened(tmp_path, architecture, weights)
+    described = op_list(checkpoint.config)
+    assert {*described.matrices(), *described.vectors()} == set(checkpoint.names())
 
 
 @pytest.mark.parametrize("kind", [T.Q4_0, T.Q4_1, T.Q5_0, T.Q5_1, T.Q8_0])
@@ -309,7 +318,7 @@ BAD: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "heads": (
         {"keys": {"llama.attention.head_count_kv": 3}},
         FormatError,
-        "key 'attention.head_count_kv': found 3, wanted a divisor of 4 heads",
+        "key 'llama.attention.head_count_kv': found 3, wanted a divisor of 4 heads",
     ),
     "heads by layer": (
         {"keys": {"llama.attention.head_count": [4, 2]}},
@@ -330,7 +339,7 @@ BAD: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "partial rope": (
         {"keys": {"llama.rope.dimension_count": 8}},
         UnsupportedError,
-        "key 'rope.dimension_count': found 8, wanted the head width 16",
+        "key 'llama.rope.dimension_count': found 8, wanted the head width 16",
     ),
     "odd heads": (
         {"keys": {"llama.attention.key_length": 15}},

@@ -41,12 +41,16 @@ class _Keys:
 
     def error(self, key: str, found: Any, wanted: str) -> FormatError:
         return FormatError(
-            f"{self._path}: key {key!r}: found {_brief(found)}, wanted {wanted}; {AGAIN}"
+            f"{self._path}: key {self.full(key)!r}: found {_brief(found)}, wanted {wanted}; {AGAIN}"
         )
 
+    def full(self, key: str) -> str:
+        """The key as the file spells it: the architecture's name before its own keys."""
+        shared = ("tokenizer.", "general.", "split.", f"{self._architecture}.")
+        return key if key.startswith(shared) else f"{self._architecture}.{key}"
+
     def _raw(self, key: str, default: Any) -> tuple[str, Any]:
-        if not key.startswith(("tokenizer.", "general.", "split.")):
-            key = f"{self._architecture}.{key}"
+        key = self.full(key)
         found = self._metadata.get(key, default)
         if found is _REQUIRED:
             raise FormatError(f"{self._path}: key {key!r}: found nothing, wanted a value; {AGAIN}")
@@ -231,8 +235,8 @@ def _head_dim(header: GgufHeader, keys: _Keys, hidden: int, heads: int) -> int:
         other = keys.integer(key, head_dim)
         if other != head_dim:
             raise UnsupportedError(
-                f"{header.path}: key {key!r}: found {other}, wanted the head width {head_dim}; use "
-                "another model"
+                f"{header.path}: key {keys.full(key)!r}: found {other}, wanted the head width "
+                f"{head_dim}; use another model"
             )
     return head_dim
 
@@ -281,8 +285,8 @@ def _rope_scaling(header: GgufHeader, keys: _Keys, context: int) -> dict[str, An
         return None if factor == 1.0 else {"rope_type": "linear", "factor": factor}
     if kind != "yarn":
         raise UnsupportedError(
-            f"{header.path}: key 'rope.scaling.type': found {show(kind)}, wanted none, linear or "
-            "yarn; use another model"
+            f"{header.path}: key {keys.full('rope.scaling.type')!r}: found {show(kind)}, "
+            "wanted none, linear or yarn; use another model"
         )
     scaling: dict[str, Any] = {
         "rope_type": "yarn",
