@@ -1,4 +1,4 @@
-"""What the rooms hand to each other: frozen dataclasses and one protocol. Knows no file format and no kernel."""
+"""What the rooms hand to each other. Knows no file format and no kernel."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ from typing import Any, Protocol
 import numpy as np
 import numpy.typing as npt
 
-LUT_WIDTH = 4  # activations per table; a nibble indexes 2**LUT_WIDTH = 16 entries = one 128-bit shuffle register
+# activations per table; a nibble indexes 2**LUT_WIDTH = 16 entries = one 128-bit shuffle register
+LUT_WIDTH = 4
 ACT_BLOCK = 64  # activations that share one int8 scale
 PANEL = 32  # outputs packed side by side: 16 low nibbles + 16 high nibbles of a 16-byte lane
 
@@ -36,7 +37,7 @@ class QuantizedMatrix:
     codes    u8  [N, K]               in [0, 2**bits)
     scales   f16 [K/group_size, N]    weight units per code step
     offsets  f16 [K/group_size, N]    None when SYMMETRIC
-    columns  i32 [K] or None          stored column j multiplies input channel columns[j] (act-order)
+    columns  i32 [K] or None          stored column j multiplies channel columns[j] (act-order)
     """
 
     codes: U8
@@ -111,7 +112,8 @@ class TokenizerFiles:
 class Checkpoint(Protocol):
     """A model on disk, whatever its format: Hugging Face config keys and Hugging Face tensor names.
 
-    Rotary projections are in half-split order (channel i pairs with i + head_width/2), as Hugging Face stores them.
+    Rotary projections are in half-split order (channel i pairs with i + head_width/2), as Hugging
+    Face stores them.
     """
 
     @property
@@ -138,7 +140,7 @@ OVER_READ = (
 
 
 class WeightSource(Protocol):
-    """Who holds a model's weights. Today a mapped file; a swapping cache answers the same questions."""
+    """Who holds a model's weights: a mapped file, or memory."""
 
     def matrix(self, name: str) -> PackedMatrix:
         """At least OVER_READ readable bytes follow the planes."""

@@ -10,7 +10,9 @@ def random_matrix(
 ) -> QuantizedMatrix:
     rng = np.random.default_rng(seed)
     groups = k // group_size
-    scales = (rng.uniform(0.5, 2.0, (groups, n)) * rng.choice([-1, 1], (groups, n)) / (1 << bits)).astype(np.float16)
+    scales = (
+        rng.uniform(0.5, 2.0, (groups, n)) * rng.choice([-1, 1], (groups, n)) / (1 << bits)
+    ).astype(np.float16)
     offsets = None
     if affine is Affine.ZERO:
         offsets = rng.integers(0, 1 << bits, (groups, n)).astype(np.float16)

@@ -30,16 +30,24 @@ def activations(m: int, k: int, seed: int, outlier: float = 1.0) -> np.ndarray:
 @settings(max_examples=40, deadline=None)
 def test_a_lookup_is_a_multiply(bits, n, blocks, group_size, seed, outlier) -> None:
     k = blocks * (group_size or 20)
-    matrix = random_matrix(n, k, bits=bits, group_size=group_size or k, affine=Affine.MIN, seed=seed)
+    matrix = random_matrix(
+        n, k, bits=bits, group_size=group_size or k, affine=Affine.MIN, seed=seed
+    )
     packed = quads.pack(matrix)
     acts = quantize_activations(activations(2, k, seed, outlier))
     for start, stop in lut_matmul.segments(k, matrix.group_size):
         looked_up = lut_matmul.dot_by_lookup(acts, packed.planes, packed.shape, bits, start, stop)
-        multiplied = lut_matmul.dot_by_multiply(acts, packed.planes, packed.shape, bits, start, stop)
+        multiplied = lut_matmul.dot_by_multiply(
+            acts, packed.planes, packed.shape, bits, start, stop
+        )
         assert np.array_equal(looked_up, multiplied)
 
 
-@given(values=st.lists(st.integers(-127, 127), min_size=4, max_size=4).filter(lambda v: sum(map(abs, v)) <= 255))
+@given(
+    values=st.lists(st.integers(-127, 127), min_size=4, max_size=4).filter(
+        lambda v: sum(map(abs, v)) <= 255
+    )
+)
 @settings(max_examples=300, deadline=None)
 def test_a_table_holds_every_subset_sum_in_a_byte(values) -> None:
     acts = quantize_activations(np.zeros((1, 64), np.float32))
@@ -66,7 +74,9 @@ def test_quantized_activations_always_fit_their_tables(seed, size, k) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("columns", [False, True])
 def test_two_tables_are_unpack_then_affine(bits: int, affine: Affine, columns: bool) -> None:
-    matrix = random_matrix(45, 96, bits=bits, group_size=32, affine=affine, seed=bits, columns=columns)
+    matrix = random_matrix(
+        45, 96, bits=bits, group_size=32, affine=affine, seed=bits, columns=columns
+    )
     packed = quads.pack(matrix)
     assert np.array_equal(lut_dequant.codes_by_table(packed), matrix.codes)
     assert np.array_equal(lut_dequant.lut_dequant(packed), matrix.dequantize())
@@ -75,7 +85,9 @@ def test_two_tables_are_unpack_then_affine(bits: int, affine: Affine, columns: b
 @pytest.mark.parametrize("affine", AFFINES)
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 192])
 def test_matmul_is_within_the_rounding_of_its_activations(affine: Affine, group_size: int) -> None:
-    matrix = random_matrix(40, 384, bits=4, group_size=group_size, affine=affine, seed=3, columns=True)
+    matrix = random_matrix(
+        40, 384, bits=4, group_size=group_size, affine=affine, seed=3, columns=True
+    )
     x = activations(3, 384, seed=4)
     got = lut_matmul.lut_matmul(x, quads.pack(matrix))
     w = matrix.dequantize().astype(np.float64)

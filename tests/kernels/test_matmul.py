@@ -53,11 +53,14 @@ def test_quantize_equals_the_reference(isa: str, k: int, size: float) -> None:
 @pytest.mark.parametrize("bits", range(1, 9))
 @pytest.mark.parametrize("group_size", [16, 32, 64, 128, 0])
 def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> None:
-    """group_size 0: one group a row, of a K that ends inside a block and inside a vector of quads."""
+    """group_size 0: one group a row, of a K that ends inside a block and inside a vector of
+    quads."""
     for affine in Affine:
         for n, m in ((32, 1), (33, 2), (95, 5)):
             k = 256 if group_size else 64 * 2 + 20
-            matrix = random_matrix(n, k, bits=bits, group_size=group_size or k, affine=affine, seed=n + bits)
+            matrix = random_matrix(
+                n, k, bits=bits, group_size=group_size or k, affine=affine, seed=n + bits
+            )
             packed = quads.pack(matrix)
             x = inputs(m, k, seed=bits)
             want = lut_matmul.lut_matmul(x, packed)
@@ -82,7 +85,9 @@ def test_bias_is_added_last(isa: str, lookup: bool) -> None:
 def test_lut_dequant_equals_unpack(isa: str, bits: int, k: int) -> None:
     matrix = random_matrix(45, k, bits=bits, group_size=k, affine=Affine.MIN, seed=k)
     packed = quads.pack(matrix)
-    assert np.array_equal(_native.lut_dequant(isa, padded(packed.planes), 45, k, bits), matrix.codes)
+    assert np.array_equal(
+        _native.lut_dequant(isa, padded(packed.planes), 45, k, bits), matrix.codes
+    )
 
 
 @pytest.mark.parametrize("affine", list(Affine))

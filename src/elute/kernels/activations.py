@@ -1,7 +1,8 @@
-"""Activations as the integer kernels see them: int8 with one scale per ACT_BLOCK, and their lookup tables.
+"""Activations as the integer kernels see them: int8, a scale per ACT_BLOCK, and lookup tables.
 
-One quantization serves decode and prefill. It is chosen so that a table of all 16 subset sums of 4 activations,
-shifted to start at zero, fits a byte *exactly*: then a lookup is an integer multiply, bit for bit, and a token's
+One quantization serves decode and prefill. It is chosen so that a table of all 16 subset sums of
+4 activations, shifted to start at zero, fits a byte *exactly*: then a lookup is an integer
+multiply, bit for bit, and a token's
 result does not depend on whether it was computed alone (tables) or in a chunk (multiplies).
 """
 
@@ -23,7 +24,7 @@ MAX_SPAN = np.float32(253)
 class Activations:
     """x f32 [M, K] ~ q * scale.
 
-    q       i8  [M, Kp]                K padded with zeros to whole blocks: Kp = n_blocks * ACT_BLOCK
+    q       i8  [M, Kp]                K padded with zeros to Kp = n_blocks * ACT_BLOCK
     scales  f32 [M, n_blocks]
     """
 
@@ -39,7 +40,7 @@ def quantize_activations(x: F32) -> Activations:
     padded = np.zeros((m, n_blocks * ACT_BLOCK), np.float32)
     padded[:, :k] = x
     magnitude = np.abs(padded).reshape(m, n_blocks, ACT_BLOCK // LUT_WIDTH, LUT_WIDTH)
-    # The order of these additions is part of the contract: the C++ kernels must find the same scale.
+    # The order of these additions is part of the contract: C++ must find the same scale.
     spans = (magnitude[..., 0] + magnitude[..., 1]) + (magnitude[..., 2] + magnitude[..., 3])
     largest = magnitude.max(axis=(2, 3), initial=0) * (np.float32(1) / MAX_CODE)
     widest = spans.max(axis=2, initial=0) * (np.float32(1) / MAX_SPAN)
@@ -55,7 +56,7 @@ def quantize_activations(x: F32) -> Activations:
 class Tables:
     """All subset sums of each quad's activations.
 
-    entries  u8  [M, n_quads, 16]   subset sum minus `lows`; entry i + entry 15-i is the same for all i
+    entries  u8  [M, n_quads, 16]   subset sum minus `lows`; entries i and 15-i add to the span
     lows     i32 [M, n_quads]       the smallest subset sum: the sum of the negative activations
     """
 
@@ -66,12 +67,15 @@ class Tables:
 def build_tables(activations: Activations) -> Tables:
     """Mirror-consolidated: eight entries are summed, the other eight are span - entry.
 
-    Source: T-MAC, arXiv 2407.00088 §3.3. Differs: subset sums from zero instead of signed sums, which have all the
-    same parity and so waste a bit; entries are exact sums of int8 activations, not rounded themselves.
+    Source: T-MAC, arXiv 2407.00088 §3.3. Differs: subset sums from zero instead of signed sums,
+    which have all the same parity and so waste a bit; entries are exact sums of int8 activations,
+    not rounded themselves.
     """
     q = activations.q.astype(np.int32).reshape(activations.q.shape[0], -1, LUT_WIDTH)
     if np.abs(q).sum(axis=-1).max(initial=0) > 255:
-        raise ShapeError("activations: a table spans more than 255; quantize with quantize_activations")
+        raise ShapeError(
+            "activations: a table spans more than 255; quantize with quantize_activations"
+        )
     lows = np.minimum(q, 0).sum(axis=-1)
     span = np.abs(q).sum(axis=-1)
     entries = np.empty((*q.shape[:2], 16), np.uint8)

@@ -1,4 +1,4 @@
-"""Hands an op list and its weights to the native executor. No Python runs between the layers of a token."""
+"""Hands an op list and its weights to the native executor: one call a token or prompt chunk."""
 
 from __future__ import annotations
 
@@ -33,8 +33,8 @@ class Executor:
     n_threads  default_threads() when None
     isa        one of isas(); the best when None
 
-    Raises FormatError for a missing weight, ShapeError for one that the op list does not fit, DeviceError for an
-    instruction set that this CPU lacks.
+    Raises FormatError for a missing weight, ShapeError for one that the op list does not fit,
+    DeviceError for an instruction set that this CPU lacks.
     """
 
     def __init__(
@@ -81,16 +81,17 @@ class Executor:
     def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32:
         """tokens i32 [M] at positions position .. position+M-1 -> logits f32 [1 or M, vocabulary].
 
-        The cache forgets what it held from `position` on. How tokens are cut into calls does not change a bit.
-        Raises BudgetError beyond the context, ShapeError for token ids that the model does not have.
+        The cache forgets what it held from `position` on. How tokens are cut into calls does not
+        change a bit. Raises BudgetError beyond the context, ShapeError for token ids that the model
+        does not have.
         """
         tokens = np.ascontiguousarray(tokens, np.int32)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ShapeError(f"tokens: found shape {tokens.shape}, wanted [M] with M of at least 1")
         if position < 0 or position + tokens.size > self.context:
             raise BudgetError(
-                f"tokens: positions {position} to {position + tokens.size - 1} do not fit a context of "
-                f"{self.context}; use a context of {position + tokens.size} or more"
+                f"tokens: positions {position} to {position + tokens.size - 1} do not fit a "
+                f"context of {self.context}; use a context of {position + tokens.size} or more"
             )
         low, high = int(tokens.min()), int(tokens.max())
         if low < 0 or high >= self.vocabulary:
@@ -132,7 +133,8 @@ class _Builder:
                     index, packed = self._matrix(op.weight)
                     if packed.columns is not None:
                         raise UnsupportedError(
-                            f"{op.weight}: an embedding with reordered columns (act-order) is not implemented"
+                            f"{op.weight}: an embedding with reordered columns (act-order) is not "
+                            "implemented; use a checkpoint without act-order there"
                         )
                     self._native.embed(index, self._registers[op.output], op.scale)
                 case RmsNorm():
@@ -204,7 +206,7 @@ class _Builder:
         )
 
     def _linear(self, op: Linear) -> None:
-        """Weights that want their input in the same column order share one quantization and its tables."""
+        """Weights that want the same column order share one quantization and its tables."""
         by_order: dict[bytes, list[int]] = {}
         for i, name in enumerate(op.weights):
             _, packed = self._matrix(name)
@@ -236,7 +238,7 @@ def isas() -> Sequence[str]:
 
 
 def default_threads() -> int:
-    """Physical cores that this process may use: its affinity mask and its control group's quota respected."""
+    """Physical cores that this process may use, by affinity mask and control group's quota."""
     import psutil
 
     allowed = (

@@ -1,4 +1,4 @@
-"""Two-level lookup: bit planes to weights without shifting bits one by one. Source: T-MAN, arXiv 2511.11248 §3."""
+"""Two-level lookup: bit planes to weights without shifting bit by bit (T-MAN, arXiv 2511.11248)."""
 
 from __future__ import annotations
 
@@ -11,15 +11,16 @@ from elute.types import ACT_BLOCK, F32, LUT_WIDTH, U8, Affine, PackedMatrix
 
 
 def repack_table(plane: int) -> npt.NDArray[np.uint32]:
-    """Level 1 of one plane: nibble -> 4 bytes, byte i holding bit i of the nibble at bit `plane`. u32 [16]."""
+    """Level 1 of one plane: nibble -> 4 bytes; byte i has the nibble's bit i at `plane`. u32 [16]"""
     index = np.arange(16, dtype=np.uint32)
     return sum(
-        ((index >> i & 1) << (8 * i + plane) for i in range(LUT_WIDTH)), start=np.zeros(16, np.uint32)
+        ((index >> i & 1) << (8 * i + plane) for i in range(LUT_WIDTH)),
+        start=np.zeros(16, np.uint32),
     ).astype(np.uint32)
 
 
 def codes_by_table(packed: PackedMatrix) -> U8:
-    """Level 1: the tables of all planes, looked up and or-ed. -> u8 [N, K]; equals quads.unpack_codes."""
+    """Level 1: the tables of all planes, looked up and or-ed. -> u8 [N, K] == quads.unpack_codes"""
     n, k = packed.shape
     n_panels, n_quads = packed.n_panels, k // LUT_WIDTH
     by_panel = packed.planes[: quads.planes_bytes(n, k, packed.bits)].reshape(n_panels, -1)
@@ -60,7 +61,9 @@ def lut_dequant(packed: PackedMatrix) -> F32:
     w = np.empty((n, k), np.float32)
     for group in range(k // packed.group_size):
         columns = slice(group * packed.group_size, (group + 1) * packed.group_size)
-        w[:, columns] = np.take_along_axis(value_table(packed, group), codes[:, columns].astype(np.int64), axis=1)
+        w[:, columns] = np.take_along_axis(
+            value_table(packed, group), codes[:, columns].astype(np.int64), axis=1
+        )
     if packed.columns is None:
         return w
     in_order = np.empty_like(w)
@@ -69,6 +72,6 @@ def lut_dequant(packed: PackedMatrix) -> F32:
 
 
 def gemm(activations: Activations, packed: PackedMatrix) -> F32:
-    """Prefill: the integer product of dequantized codes, in the float order of lut_matmul. -> y f32 [M, N]."""
+    """Prefill: the product of dequantized codes, floats in the order of lut_matmul. -> f32 [M, N]"""
     assert ACT_BLOCK % LUT_WIDTH == 0
     return matmul(activations, packed, by_lookup=False)

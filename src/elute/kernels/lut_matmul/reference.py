@@ -1,4 +1,4 @@
-"""The law and the arithmetic of lut_matmul, in numpy: slow and obvious. csrc/kernels/lut_matmul.h is its twin."""
+"""The law and the arithmetic of lut_matmul, in numpy; csrc/kernels/matmul_body.h is its twin."""
 
 from __future__ import annotations
 
@@ -41,17 +41,21 @@ def dot_by_multiply(activations: Activations, planes: U8, shape: tuple[int, int]
 
 
 def matmul(activations: Activations, packed: PackedMatrix, *, by_lookup: bool = True) -> F32:
-    """y f32 [M, N] from quantized activations, every float operation in the order that all kernels keep:
+    """y f32 [M, N] from quantized activations, floats in the order that all kernels keep:
 
-        group = sum of activation_scale * float(dot) over the group's segments, left to right
-        y    += scale * group                       SYMMETRIC, dot taken of code - zero
-        y    += scale * (group - offset * x_sum)    ZERO       x_sum = the same sum over q alone
-        y     = (y + scale * group) + offset * x_sum    MIN
+    group = sum of activation_scale * float(dot) over the group's segments, left to right
+    y    += scale * group                       SYMMETRIC, dot taken of code - zero
+    y    += scale * (group - offset * x_sum)    ZERO       x_sum = the same sum over q alone
+    y     = (y + scale * group) + offset * x_sum    MIN
     """
     n, k = packed.shape
     dot = dot_by_lookup if by_lookup else dot_by_multiply
     scales = quads.unpack_groups(packed.scales, n).astype(np.float32)
-    offsets = None if packed.offsets is None else quads.unpack_groups(packed.offsets, n).astype(np.float32)
+    offsets = (
+        None
+        if packed.offsets is None
+        else quads.unpack_groups(packed.offsets, n).astype(np.float32)
+    )
     m = activations.q.shape[0]
     y = np.zeros((m, n), np.float32)
     group_sum = np.zeros((m, n), np.float32)
