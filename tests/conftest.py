@@ -11,12 +11,10 @@ import pytest
 @pytest.fixture(scope="session")
 def default_gguf() -> Path:
     """The GGUF file of the default model: $ELUTE_TEST_GGUF, else elute's cache; never fetched."""
+    from elute.formats.sources import default_model_path
+
     named = os.environ.get("ELUTE_TEST_GGUF")
-    if named:
-        path = Path(named)
-    else:
-        sources = pytest.importorskip("elute.formats.sources")
-        path = sources.default_model_path()
-    if not path.is_file():
-        pytest.skip(f"the default model is not at {path}; run make demo, or set ELUTE_TEST_GGUF")
+    path = Path(named) if named else default_model_path()
+    if path is None or not path.is_file():
+        pytest.skip(f"the default model is not here ({path}); run make demo or set ELUTE_TEST_GGUF")
     return path

@@ -174,7 +174,7 @@ def _matched(
         if info.type not in _FLOATS and not is_dequantizable(info.type):
             raise UnsupportedError(
                 f"{header.path}: tensor {expected.gguf_name!r}: found type {info.type.name}, "
-                "wanted one that the gguf library can dequantize; quantize the model to another type"
+                "wanted one that the gguf library can dequantize; quantize to another type"
             )
         matched[expected.name] = (expected, info)
     for name in left:
