@@ -1,0 +1,161 @@
+"""The native executor against the numpy forward, and the laws that make a token's bits its own."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+from tiny import FAMILIES, tiny_checkpoint
+
+from elute.errors import BudgetError, DeviceError, ShapeError
+from elute.kernels.lut_matmul import reference as lut_matmul
+from elute.model.families import op_list
+from elute.model.ops import OpList
+from elute.model.reference import ReferenceExecutor
+from elute.pack import quads
+from elute.quantize.rtn import quantize
+from elute.runtime.executor import CHUNK, Executor, default_threads, isas
+from elute.types import F32, OVER_READ, PackedMatrix, QuantizedMatrix
+
+
+class InMemory:
+    """A WeightSource of packed matrices."""
+
+    def __init__(self, matrices: dict[str, QuantizedMatrix], vectors: dict[str, F32]) -> None:
+        self._packed: dict[str, PackedMatrix] = {}
+        for name, matrix in matrices.items():
+            packed = quads.pack(matrix)
+            room = np.zeros(packed.planes.size + OVER_READ, np.uint8)
+            room[: packed.planes.size] = packed.planes
+            object.__setattr__(packed, "planes", room[: packed.planes.size])
+            self._packed[name] = packed
+        self._vectors = vectors
+
+    def matrix(self, name: str) -> PackedMatrix:
+        return self._packed[name]
+
+    def vector(self, name: str) -> F32:
+        return self._vectors[name]
+
+
+Made = tuple[OpList, InMemory, dict[str, F32]]
+
+
+@pytest.fixture(scope="module")
+def made() -> Callable[..., Made]:
+    cache: dict[str, Made] = {}
+
+    def make(family: str, *, columns: bool = False, **overrides: object) -> Made:
+        key = f"{family} {columns} {overrides}"
+        if key not in cache:
+            config, weights = tiny_checkpoint(family, **overrides)
+            ops = op_list(config)
+            rng = np.random.default_rng(5)
+            matrices, floats = {}, dict(weights)
+            for i, name in enumerate(ops.matrices()):
+                w = weights[name]
+                order = None
+                if columns and "proj" in name:
+                    order = rng.permutation(w.shape[1]).astype(np.int32)
+                    w = w[:, order]
+                bits = (4, 8, 3, 5)[i % 4]
+                matrix = quantize(w, bits=bits, group_size=32, symmetric=bits % 2 == 0)
+                object.__setattr__(matrix, "columns", order)
+                matrices[name] = matrix
+                floats[name] = matrix.dequantize()
+            vectors = {name: weights[name] for name in ops.vectors()}
+            cache[key] = (ops, InMemory(matrices, vectors), floats)
+        return cache[key]
+
+    return make
+
+
+def reference(made: Made, tokens: np.ndarray) -> F32:
+    ops, source, floats = made
+    linear = lambda x, name: lut_matmul.lut_matmul(x, source.matrix(name))  # noqa: E731
+    executor = ReferenceExecutor(ops, floats, linear=linear, kv_dtype=np.float16)
+    return executor.forward(tokens, 0, all_logits=True)
+
+
+def some_tokens(n: int, vocabulary: int) -> np.ndarray:
+    return np.random.default_rng(n).integers(0, vocabulary, n).astype(np.int32)
+
+
+def check_against_reference(got: F32, want: F32) -> None:
+    """Norms, softmax and rotations differ by some 1e-6; where that turns the rounding of one int8
+    activation, one column of one product moves by a step. Most tokens see none of it."""
+    error = np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)
+    assert np.median(error) < 1e-3, error
+    assert error.max() < 2e-2, error
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("family", FAMILIES)
+def test_forward_is_the_reference_forward(isa: str, family: str, made: Callable[..., Made]) -> None:
+    model = made(family)
+    tokens = some_tokens(24, model[0].vocabulary)
+    got = Executor(model[0], model[1], isa=isa).forward(tokens, 0, all_logits=True)
+    check_against_reference(got, reference(model, tokens))
+
+
+def test_act_order_columns_gather_their_inputs(made: Callable[..., Made]) -> None:
+    model = made("llama", columns=True)
+    tokens = some_tokens(24, model[0].vocabulary)
+    got = Executor(model[0], model[1]).forward(tokens, 0, all_logits=True)
+    check_against_reference(got, reference(model, tokens))
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+def test_cuts_and_threads_do_not_change_a_bit(
+    isa: str, family: str, made: Callable[..., Made]
+) -> None:
+    ops, source, _ = made(family, max_position_embeddings=400)
+    tokens = some_tokens(CHUNK + 40, ops.vocabulary)
+    whole = Executor(ops, source, isa=isa, n_threads=1).forward(tokens, 0, all_logits=True)
+    for n_threads, cuts in ((1, [1, 2, 5, 70]), (2, [64, 65, 66, 67]), (3, [3, 40]), (5, [])):
+        executor = Executor(ops, source, isa=isa, n_threads=n_threads)
+        at = 0
+        for cut in [*cuts, tokens.size]:
+            part = executor.forward(tokens[at:cut], at, all_logits=True)
+            assert np.array_equal(part, whole[at:cut]), (n_threads, at, cut)
+            at = cut
+
+
+def test_the_last_logits_are_the_same_alone(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("qwen3")
+    tokens = some_tokens(30, ops.vocabulary)
+    executor = Executor(ops, source)
+    every = executor.forward(tokens, 0, all_logits=True)
+    assert np.array_equal(executor.forward(tokens, 0), every[-1:])
+
+
+def test_positions_are_forgotten_from_where_a_forward_starts(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama")
+    tokens = some_tokens(40, ops.vocabulary)
+    fresh = Executor(ops, source).forward(tokens[:20], 0)
+    executor = Executor(ops, source)
+    executor.forward(tokens, 0)
+    executor.forward(tokens[:10], 0)
+    assert np.array_equal(executor.forward(tokens[10:20], 10), fresh)
+
+
+def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama")
+    executor = Executor(ops, source, context=16)
+    for tokens, position, error, says in [
+        (np.zeros(17, np.int32), 0, BudgetError, "context of 16; use a context of 17"),
+        (np.zeros(1, np.int32), 16, BudgetError, "positions 16 to 16"),
+        (np.zeros(1, np.int32), -1, BudgetError, "positions -1"),
+        (np.zeros(0, np.int32), 0, ShapeError, "at least 1"),
+        (np.array([ops.vocabulary], np.int32), 0, ShapeError, f"wanted 0 to {ops.vocabulary - 1}"),
+        (np.array([-1], np.int32), 0, ShapeError, "found id -1"),
+    ]:
+        with pytest.raises(error, match=says):
+            executor.forward(tokens, position)
+    with pytest.raises(DeviceError, match="found 'avx9'"):
+        Executor(ops, source, isa="avx9")
+    with pytest.raises(ShapeError, match="threads: found 0"):
+        Executor(ops, source, n_threads=0)
+    assert 1 <= default_threads() <= 512
