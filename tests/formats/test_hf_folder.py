@@ -80,7 +80,20 @@ def test_all_missing_shards_are_named(tmp_path):
 
 @pytest.mark.parametrize(
     "shard",
-    ["../x.safetensors", "/etc/passwd", "a/b", "..", ".", "", "a\\b", "c:x", "a\0b"],
+    [
+        "../x.safetensors",
+        "/etc/passwd",
+        "a/b",
+        "..",
+        ".",
+        "",
+        "a\\b",
+        "c:x",
+        "a\0b",
+        "a\nb",
+        "\ud800",
+        "x" * 256,
+    ],
 )
 def test_an_index_cannot_reach_outside_its_folder(tmp_path, shard):
     write_shards(tmp_path, {}, {EMBED: shard})
@@ -149,6 +162,13 @@ def test_a_malformed_config_is_one_sentence(tmp_path, config, message):
         open_checkpoint(tmp_path)
 
 
+def test_a_config_as_editors_and_python_write_it_is_read(tmp_path):
+    write_folder(tmp_path, tensors_of(EMBED))
+    text = '\ufeff{"model_type": "llama", "time_step_limit": [0.0, Infinity]}'
+    (tmp_path / "config.json").write_text(text, encoding="utf-8")
+    assert open_checkpoint(tmp_path).config["time_step_limit"] == [0.0, float("inf")]
+
+
 @pytest.mark.parametrize("prefix", ["language_model.model.", "model.language_model."])
 def test_a_multimodal_wrapper_is_taken_off(tmp_path, prefix, caplog):
     head = "language_model.lm_head." if prefix.startswith("language_model") else "lm_head."
@@ -206,7 +226,8 @@ def test_a_gemma3_saved_by_transformers_has_the_names_of_its_text_model(tmp_path
     model = Gemma3ForConditionalGeneration(
         Gemma3Config(text_config=text, vision_config=vision, mm_tokens_per_image=4)
     )
-    model.save_pretrained(tmp_path)
+    model.save_pretrained(tmp_path, max_shard_size="8KB")
+    assert (tmp_path / INDEX_NAME).is_file()
     checkpoint = open_checkpoint(tmp_path)
     want = {f"model.{n}": p for n, p in model.model.language_model.named_parameters()}
     assert set(checkpoint.names()) == set(want)
@@ -260,6 +281,14 @@ def test_what_is_no_model_is_refused(tmp_path):
     (tmp_path / "elute.json").write_text("{}")
     with pytest.raises(UnsupportedError, match="already packed"):
         open_checkpoint(tmp_path)
+
+
+def test_a_gguf_is_known_by_its_first_bytes(tmp_path):
+    """Blobs of the hub cache have no suffix; what is cut off is the GGUF reader's to say."""
+    (tmp_path / "blob").write_bytes(b"GGUF")
+    with pytest.raises(FormatError, match="blob") as caught:
+        open_checkpoint(tmp_path / "blob")
+    assert "wanted a .gguf file or" not in str(caught.value)
 
 
 def test_a_folder_of_ggufs_asks_for_one(tmp_path):

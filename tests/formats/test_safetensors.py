@@ -69,6 +69,7 @@ DEEP = b"[" * 200_000 + b"]" * 200_000
 BAD_HEADERS = {
     "not JSON": (b"{nope", b"", "invalid JSON at character 1"),
     "not UTF-8": (b'{"\xff": 1}', b"", "not UTF-8"),
+    "UTF-16": ("{}".encode("utf-16-le"), b"", "invalid JSON"),
     "not an object": (b"[]", b"", "a list as header"),
     "nested too deeply": (b'{"a": ' + DEEP + b"}", b"", "nested too deeply"),
     "endless integer": (b'{"a": ' + b"9" * 5000 + b"}", b"", "number that cannot be read"),

@@ -36,6 +36,7 @@ LIFTED_KEYS = (
     "tie_word_embeddings",
     "quantization_config",
 )
+MAX_NAME_BYTES = 255  # of a file name, on every file system in use
 PICKLES = ("pytorch_model*.bin", "*.pt", "*.pth")
 
 
@@ -148,7 +149,7 @@ def is_float(dtype: np.dtype[Any]) -> bool:
 def read_text(path: Path) -> str:
     """A UTF-8 file. Raises FormatError when it cannot be read or is not UTF-8."""
     try:
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # editors on Windows add a byte order mark
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: found bytes that are not UTF-8 at {error.start}") from None
     except OSError as error:
@@ -157,7 +158,7 @@ def read_text(path: Path) -> str:
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A file holding one JSON object. Raises FormatError for anything else."""
-    value = parse_json(read_text(path), where=str(path))
+    value = parse_json(read_text(path), where=str(path), allow_nan=True)
     if not isinstance(value, dict):
         raise FormatError(f"{path}: found a JSON {type(value).__name__}, wanted an object")
     return value
@@ -180,10 +181,10 @@ def _sharded(path: Path, index_path: Path) -> dict[str, _StoredTensor]:
         raise FormatError(f"{index_path}: wanted a weight_map of tensor names to file names")
     shard_names = sorted(set(weight_map.values()))
     for name in shard_names:
-        # Plain names only: an index is data and must not reach outside its folder.
-        if name in ("", ".", "..") or "/" in name or "\\" in name or "\0" in name or ":" in name:
+        if not _is_plain_name(name):
             raise FormatError(
-                f"{index_path}: found the shard name {name!r}, wanted a file name in this folder"
+                f"{index_path}: found the shard name {name[:80]!r}, wanted a file name in this "
+                f"folder"
             )
     missing = [name for name in shard_names if not (path / name).is_file()]
     if missing:
@@ -199,6 +200,16 @@ def _sharded(path: Path, index_path: Path) -> dict[str, _StoredTensor]:
             f"{INDEX_NAME} places there ({len(absent)} such tensors); fetch the shards again"
         )
     return {name: _StoredTensor(files[shard], name) for name, shard in weight_map.items()}
+
+
+def _is_plain_name(name: str) -> bool:
+    """An index is data: it must not reach outside its folder, nor name what no file can be."""
+    return (
+        name not in ("", ".", "..")
+        and not set(name) & set("/\\:")
+        and name.isprintable()
+        and len(name.encode()) <= MAX_NAME_BYTES
+    )
 
 
 def _only_safetensors(path: Path) -> Path:

@@ -51,10 +51,11 @@ KNOWN_UNSUPPORTED = frozenset(
 KNOWN_DTYPES = KNOWN_UNSUPPORTED | DTYPES.keys()
 
 
-def parse_json(text: str | bytes, *, where: str) -> Any:
+def parse_json(text: str | bytes, *, where: str, allow_nan: bool = False) -> Any:
     """JSON without its traps.
 
-    Duplicate keys, NaN, endless nesting and endless integers raise FormatError.
+    Duplicate keys, endless nesting and endless integers raise FormatError, and so do NaN and
+    Infinity unless allowed (Python writers put them into configs).
     """
 
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -65,11 +66,15 @@ def parse_json(text: str | bytes, *, where: str) -> Any:
             members[key] = value
         return members
 
-    def no_constant(name: str) -> Any:
+    def constant(name: str) -> float:
+        if allow_nan:
+            return float(name)
         raise FormatError(f"{where}: found {name}, wanted a JSON number")
 
     try:
-        return json.loads(text, object_pairs_hook=once, parse_constant=no_constant)
+        # Decoded here: json.loads would guess UTF-16 and UTF-32 from bytes.
+        decoded = text.decode("utf-8") if isinstance(text, bytes) else text
+        return json.loads(decoded, object_pairs_hook=once, parse_constant=constant)
     except RecursionError:
         raise FormatError(f"{where}: found JSON nested too deeply to read") from None
     except UnicodeDecodeError as error:
