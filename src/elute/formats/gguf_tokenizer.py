@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Mapping, Sequence
 from enum import IntEnum
 from typing import Any
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.gguf_pretokenizers import PreTokenizer, pre_tokenizer
+from elute.formats.gguf_tokenizer_keys import TokenizerKeys
 from elute.formats.tokenizer import END_OF_TURN_TOKENS
 from elute.types import TokenizerFiles
 
@@ -60,7 +62,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerFiles:
     Raises FormatError for missing keys, wrong types, ids out of range and lengths that disagree;
     UnsupportedError for a kind of tokenizer or pre-tokenizer that elute does not know.
     """
-    keys = _Keys(metadata)
+    keys = TokenizerKeys(metadata)
     model = keys.text("tokenizer.ggml.model")
     if model not in ("gpt2", "llama"):
         raise UnsupportedError(
@@ -111,83 +113,7 @@ def tokenizer_from_gguf(metadata: Mapping[str, Any]) -> TokenizerFiles:
     )
 
 
-class _Keys:
-    """Typed reads of the metadata; every mismatch is a FormatError that names the key."""
-
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
-        self._metadata = metadata
-
-    def text_or_none(self, key: str) -> str | None:
-        value = self._metadata.get(key)
-        if value is not None and not isinstance(value, str):
-            raise FormatError(f"GGUF {key}: found {_kind(value)}, wanted a string")
-        return value
-
-    def text(self, key: str) -> str:
-        value = self.text_or_none(key)
-        if value is None:
-            raise FormatError(f"GGUF {key}: missing, wanted a string; convert the model again")
-        return value
-
-    def flag(self, key: str, *, default: bool) -> bool:
-        value = self._metadata.get(key, default)
-        if hasattr(value, "item"):  # a numpy scalar
-            value = value.item()
-        if not isinstance(value, bool):
-            raise FormatError(f"GGUF {key}: found {value!r}, wanted true or false")
-        return value
-
-    def adds(self, which: str, named: Mapping[str, str], *, default: bool) -> bool:
-        """Whether a text gets this token; by default only if the file names it."""
-        key, token = f"tokenizer.ggml.add_{which}_token", f"{which}_token"
-        adds = self.flag(key, default=default and token in named)
-        if adds and token not in named:
-            raise FormatError(
-                f"GGUF {key}: true, but tokenizer.ggml.{which}_token_id is missing; "
-                "convert the model again"
-            )
-        return adds
-
-    def array_or_none(self, key: str, kinds: tuple[type, ...], what: str) -> list[Any] | None:
-        value = self._metadata.get(key)
-        if value is None:
-            return None
-        if hasattr(value, "tolist"):  # a numpy array
-            value = value.tolist()
-        if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            raise FormatError(f"GGUF {key}: found {_kind(value)}, wanted an array of {what}")
-        for i, item in enumerate(value):
-            if type(item) not in kinds:
-                raise FormatError(f"GGUF {key}: entry {i} is {_kind(item)}, wanted {what}")
-        return list(value)
-
-    def array(self, key: str, kinds: tuple[type, ...], what: str, n_tokens: int) -> list[Any]:
-        """An array with one entry a token."""
-        value = self.array_or_none(key, kinds, what)
-        if value is None:
-            raise FormatError(f"GGUF {key}: missing, wanted {what}; convert the model again")
-        if len(value) != n_tokens:
-            raise FormatError(
-                f"GGUF {key}: {len(value)} entries, wanted {n_tokens} like tokenizer.ggml.tokens"
-            )
-        return value
-
-    def token_id(self, key: str, n_tokens: int) -> int | None:
-        value = self._metadata.get(key)
-        if value is None:
-            return None
-        if hasattr(value, "item"):
-            value = value.item()
-        if type(value) is not int or not 0 <= value < n_tokens:
-            raise FormatError(f"GGUF {key}: found {value!r}, wanted an id from 0 to {n_tokens - 1}")
-        return value
-
-
-def _kind(value: object) -> str:
-    return f"{value!r:.40}" if isinstance(value, int | float) else f"a {type(value).__name__}"
-
-
-def _tokens(keys: _Keys) -> list[str]:
+def _tokens(keys: TokenizerKeys) -> list[str]:
     key = "tokenizer.ggml.tokens"
     tokens = keys.array_or_none(key, (str,), "strings")
     if not tokens:
@@ -203,7 +129,7 @@ def _tokens(keys: _Keys) -> list[str]:
     return tokens
 
 
-def _types(keys: _Keys, n_tokens: int) -> list[TokenType]:
+def _types(keys: TokenizerKeys, n_tokens: int) -> list[TokenType]:
     key = "tokenizer.ggml.token_type"
     if keys.array_or_none(key, (int,), "integers") is None:
         return [TokenType.NORMAL] * n_tokens
@@ -215,7 +141,7 @@ def _types(keys: _Keys, n_tokens: int) -> list[TokenType]:
     return [known[kind] for kind in types]
 
 
-def _named_pre_tokenizer(keys: _Keys) -> PreTokenizer:
+def _named_pre_tokenizer(keys: TokenizerKeys) -> PreTokenizer:
     name = keys.text_or_none("tokenizer.ggml.pre")
     if name is None:
         name = "default"
@@ -226,7 +152,9 @@ def _named_pre_tokenizer(keys: _Keys) -> PreTokenizer:
     return pre_tokenizer(name)
 
 
-def _byte_level_spec(keys: _Keys, tokens: Sequence[str], kind: PreTokenizer) -> dict[str, Any]:
+def _byte_level_spec(
+    keys: TokenizerKeys, tokens: Sequence[str], kind: PreTokenizer
+) -> dict[str, Any]:
     merges = _listed_merges(keys, set(tokens))
     if merges is None:
         raise FormatError(
@@ -247,13 +175,17 @@ def _byte_level_spec(keys: _Keys, tokens: Sequence[str], kind: PreTokenizer) -> 
 
 
 def _sentencepiece_spec(
-    keys: _Keys, tokens: list[str], types: list[TokenType], named: Mapping[str, str]
+    keys: TokenizerKeys, tokens: list[str], types: list[TokenType], named: Mapping[str, str]
 ) -> dict[str, Any]:
     architecture = keys.text_or_none("general.architecture")
     _respell_spaces(tokens, types)
     merges = _listed_merges(keys, set(tokens))
     if merges is None:
-        scores = keys.array("tokenizer.ggml.scores", (float, int), "numbers", len(tokens))
+        key = "tokenizer.ggml.scores"
+        scores = keys.array(key, (float, int), "numbers", len(tokens))
+        for i, score in enumerate(scores):
+            if not math.isfinite(score):
+                raise FormatError(f"GGUF {key}: entry {i} is {score}, wanted finite numbers")
         if architecture in _MERGES_BY_POSITION:
             scores = [-i for i in range(len(tokens))]
         merges = _merges_from_scores(tokens, types, scores)
@@ -302,7 +234,7 @@ def _respell_spaces(tokens: list[str], types: list[TokenType]) -> None:
             tokens[i], types[i] = blocks, TokenType.NORMAL
 
 
-def _listed_merges(keys: _Keys, vocabulary: set[str]) -> list[tuple[str, str]] | None:
+def _listed_merges(keys: TokenizerKeys, vocabulary: set[str]) -> list[tuple[str, str]] | None:
     key = "tokenizer.ggml.merges"
     lines = keys.array_or_none(key, (str,), "strings")
     if lines is None:
@@ -411,7 +343,7 @@ def _post_processor(
 
 
 def _generation_config(
-    keys: _Keys,
+    keys: TokenizerKeys,
     tokens: Sequence[str],
     types: Sequence[TokenType],
     named: Mapping[str, str],
