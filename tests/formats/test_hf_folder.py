@@ -265,6 +265,13 @@ def test_other_quantizations_are_refused_by_name(tmp_path, method):
         open_checkpoint(path)
 
 
+def test_the_old_key_of_compressed_tensors_is_known(tmp_path):
+    config = {"compression_config": {"quant_method": "compressed-tensors"}}
+    path = write_folder(tmp_path, tensors_of(EMBED), config)
+    with pytest.raises(UnsupportedError, match="'compressed-tensors', which elute does not"):
+        open_checkpoint(path)
+
+
 def test_what_is_no_model_is_refused(tmp_path):
     with pytest.raises(FormatError, match=r"found no config\.json"):
         open_checkpoint(tmp_path)

@@ -86,6 +86,8 @@ class HfFolder:
     def quantization(self) -> Mapping[str, Any]:
         """quantization_config; empty for a float checkpoint."""
         quantization = self.config.get("quantization_config")
+        if quantization is None:  # the key of compressed-tensors before 0.6
+            quantization = self.config.get("compression_config")
         if quantization is None:
             # AutoGPTQ before 0.5 wrote its settings beside config.json, not into it.
             old_style = self.path / "quantize_config.json"
