@@ -35,7 +35,8 @@ struct RowGroup {
 
 // sums[r][0, V * kLanes) = sums * keep + the rows [begin, end) weighted by weights[r][row]; rows lie `step` apart.
 template <class S, int R, int V, class T>
-[[gnu::noinline]] void weighted_rows(const RowGroup<R>& group, int column, const T* rows, int step, int begin, int end) {
+[[gnu::noinline]] void weighted_rows(const RowGroup<R>& group, int column, const T* rows, int step, int begin,
+                                     int end) {
   using Float = typename S::Float;
   Float sums[R][V];
 #pragma GCC unroll 16
@@ -49,14 +50,27 @@ template <class S, int R, int V, class T>
   for (int r = 0; r < R; ++r) weights[r] = group.weights[r];
   const T* row = rows + int64_t{begin} * step;
   for (int i = begin; i < end; ++i, row += step) {
-    Float values[V];
+    // The shorter side stays in registers, the longer passes through one.
+    if constexpr (R < V) {
+      Float weight[R];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) values[v] = S::load(row + v * S::kLanes);
+      for (int r = 0; r < R; ++r) weight[r] = S::set1(weights[r][i]);
 #pragma GCC unroll 16
-    for (int r = 0; r < R; ++r) {
-      const Float weight = S::set1(weights[r][i]);
+      for (int v = 0; v < V; ++v) {
+        const Float value = S::load(row + v * S::kLanes);
 #pragma GCC unroll 16
-      for (int v = 0; v < V; ++v) sums[r][v] = S::fma(weight, values[v], sums[r][v]);
+        for (int r = 0; r < R; ++r) sums[r][v] = S::fma(weight[r], value, sums[r][v]);
+      }
+    } else {
+      Float value[V];
+#pragma GCC unroll 16
+      for (int v = 0; v < V; ++v) value[v] = S::load(row + v * S::kLanes);
+#pragma GCC unroll 16
+      for (int r = 0; r < R; ++r) {
+        const Float weight = S::set1(weights[r][i]);
+#pragma GCC unroll 16
+        for (int v = 0; v < V; ++v) sums[r][v] = S::fma(weight, value[v], sums[r][v]);
+      }
     }
   }
 #pragma GCC unroll 16

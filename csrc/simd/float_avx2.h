@@ -14,7 +14,7 @@ struct FloatAvx2 {
   static constexpr int kBlock = 2;       // vectors side by side in a widened tile
   static constexpr int kDirectRows = 6;  // up to here a tile is read once, so it is widened in registers
   // Sums per row when f16 is widened on load: at least 8 in flight (latency 4 x 2 a cycle), at most 12 in registers.
-  static constexpr int direct_vectors(int rows) { return rows == 1 ? 8 : rows == 2 ? 4 : 2; }
+  static constexpr int direct_vectors(int rows) { return rows == 1 ? 8 : rows <= 3 ? 4 : 2; }
 
   static Float zero() { return _mm256_setzero_ps(); }
   static Float set1(float x) { return _mm256_set1_ps(x); }
