@@ -69,7 +69,8 @@ typename S::Float gelu_tanh(typename S::Float x) {
   return times_sigmoid<S>(x, S::mul(x, cubic));
 }
 
-// cap * tanh(x / cap), relative error below 4 * 2^-24; tanh(y) = -m / (2 + m) with m = e^(-2|y|) - 1, which keeps small arguments accurate.
+// cap * tanh(x / cap), relative error below 4 * 2^-24: tanh(y) = -m / (2 + m) with m = e^(-2|y|) - 1, which keeps
+// small arguments accurate.
 template <class S>
 typename S::Float soft_cap(typename S::Float x, float cap) {
   const auto y = S::div(x, S::set1(cap));
