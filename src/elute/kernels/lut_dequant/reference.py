@@ -5,13 +5,14 @@ from __future__ import annotations
 import numpy as np
 import numpy.typing as npt
 
-from elute.kernels.lut_matmul.reference import Activations, matmul
+from elute.kernels.activations import Activations
+from elute.kernels.lut_matmul.reference import matmul
 from elute.pack import quads
-from elute.types import ACT_BLOCK, F32, LUT_WIDTH, U8, Affine, PackedMatrix
+from elute.types import ACT_BLOCK, F32, LUT_WIDTH, PANEL, U8, Affine, PackedMatrix
 
 
 def repack_table(plane: int) -> npt.NDArray[np.uint32]:
-    """Level 1 of one plane: nibble -> 4 bytes; byte i has the nibble's bit i at `plane`. u32 [16]"""
+    """Level 1 of one plane: nibble -> 4 bytes; byte i has its bit i at `plane`. u32 [16]"""
     index = np.arange(16, dtype=np.uint32)
     return sum(
         ((index >> i & 1) << (8 * i + plane) for i in range(LUT_WIDTH)),
@@ -38,20 +39,22 @@ def codes_by_table(packed: PackedMatrix) -> U8:
                 for half in range(2):
                     nibble = byte >> (4 * half) & 15
                     words[:, half, :, first_quad : first_quad + count] |= table[nibble]
-    codes = words.astype("<u4").view(np.uint8).reshape(n_panels * quads.PANEL, k)
+    codes = words.astype("<u4").view(np.uint8).reshape(n_panels * PANEL, k)
     return codes[:n]
 
 
 def value_table(packed: PackedMatrix, group: int) -> F32:
     """Level 2 of one group: code -> weight, for every output. f32 [N, 2**bits]."""
     n = packed.shape[0]
-    code = np.arange(1 << packed.bits, dtype=np.float32)
-    scale = quads.unpack_groups(packed.scales, n)[group].astype(np.float32)[:, None]
+    code: F32 = np.arange(1 << packed.bits, dtype=np.float32)
+    scale: F32 = quads.unpack_groups(packed.scales, n)[group].astype(np.float32)[:, None]
     if packed.affine is Affine.SYMMETRIC:
-        return scale * (code - np.float32(packed.zero))
+        symmetric: F32 = scale * (code - np.float32(packed.zero))
+        return symmetric
     assert packed.offsets is not None
-    offset = quads.unpack_groups(packed.offsets, n)[group].astype(np.float32)[:, None]
-    return scale * (code - offset) if packed.affine is Affine.ZERO else scale * code + offset
+    offset: F32 = quads.unpack_groups(packed.offsets, n)[group].astype(np.float32)[:, None]
+    table: F32 = scale * (code - offset) if packed.affine is Affine.ZERO else scale * code + offset
+    return table
 
 
 def lut_dequant(packed: PackedMatrix) -> F32:
@@ -72,6 +75,6 @@ def lut_dequant(packed: PackedMatrix) -> F32:
 
 
 def gemm(activations: Activations, packed: PackedMatrix) -> F32:
-    """Prefill: the product of dequantized codes, floats in the order of lut_matmul. -> f32 [M, N]"""
+    """The product of dequantized codes, floats in the order of lut_matmul. -> f32 [M, N]"""
     assert ACT_BLOCK % LUT_WIDTH == 0
     return matmul(activations, packed, by_lookup=False)
