@@ -12,12 +12,15 @@ from elute.cli import options
 
 @click.command("convert")
 @click.argument("source", metavar="SRC")
-@click.argument("out", type=click.Path(path_type=Path))
+@click.argument("out", required=False, type=click.Path(path_type=Path))
 @options.pack_options
 @click.option("--force", is_flag=True, help="Replace a packed model that OUT has already.")
+@click.option("--fetch-only", is_flag=True, help="Download SRC into the cache and stop there.")
 @options.as_json
 @options.quiet
-def command(source: str, out: Path, as_json: bool, quiet: bool, **given: Any) -> None:
+def command(
+    source: str, out: Path | None, fetch_only: bool, as_json: bool, quiet: bool, **given: Any
+) -> None:
     """Pack the model SRC into the new folder OUT.
 
     Codes of a quantized SRC are kept, without any loss, unless --bits or the recipe asks for
@@ -27,9 +30,16 @@ def command(source: str, out: Path, as_json: bool, quiet: bool, **given: Any) ->
     from elute.errors import UnsupportedError
     from elute.runtime.store import choose_recipe, fetch, is_packed, pack_checkpoint
 
+    if (out is None) != fetch_only:
+        raise click.UsageError("wanted either OUT or --fetch-only")
     recipe = choose_recipe(given["bits"], given["recipe"])
     with Screen(quiet=quiet) as screen:
         path = fetch(source, progress=screen).path
+        if out is None:
+            screen.note(f"{source}: {path}")
+            if as_json:
+                answer_json({"path": str(path)})
+            return
         if is_packed(path):
             raise UnsupportedError(f"{path}: is packed already; give the model it was made from")
         packed = pack_checkpoint(path, out, recipe, force=given["force"], progress=screen)

@@ -70,12 +70,13 @@ def _kernels() -> dict[str, Any]:
     from elute.errors import EluteError
 
     try:
-        from elute.runtime.self_test import available_isas, best_isa, kernels_are_right
+        from elute.runtime.executor import isas
+        from elute.runtime.self_test import best_isa, kernels_are_right
     except ImportError as error:
         return {"isas": [], "isa": None, "kernel_test": {}, "native_error": str(error)}
     tested: dict[str, bool] = {}
     error_text = None
-    for isa in available_isas():
+    for isa in isas():
         try:
             tested[isa] = kernels_are_right(isa)
         except EluteError as error:

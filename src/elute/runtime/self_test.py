@@ -14,11 +14,6 @@ from elute.types import F32, Affine, PackedMatrix, QuantizedMatrix
 N, K, GROUP, ROWS = 40, 144, 16, 2
 
 
-def available_isas() -> list[str]:
-    """Instruction sets that this CPU runs, slowest first."""
-    return list(_native.isas())
-
-
 def best_isa() -> str:
     return str(_native.best_isa())
 
