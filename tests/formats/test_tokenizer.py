@@ -12,7 +12,7 @@ from awkward_text import BYTE_LEVEL_KINDS, CORPUS, KINDS, files
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from elute.errors import FormatError, ShapeError, UnsupportedError
+from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
 from elute.formats.text_stream import DecoderPlan, byte_alphabet
 from elute.formats.tokenizer import Tokenizer
 from elute.types import TokenizerFiles
@@ -304,6 +304,9 @@ def test_text_that_is_not_a_tokenizer_is_refused(text: str, message: str) -> Non
         ({"type": "Replace"}, FormatError),
         ({"type": "Metaspace"}, FormatError),
         ({"type": "Sequence", "decoders": [3]}, FormatError),
+        ({"type": "Replace", "pattern": {"String": ""}, "content": "x"}, UnsupportedError),
+        ({}, FormatError),
+        (["ByteLevel"], FormatError),
     ],
 )
 def test_decoder_that_cannot_be_followed_is_refused(decoder: Any, error: type[Exception]) -> None:
@@ -319,6 +322,57 @@ def test_metaspace_decoder_streams_like_decode(scheme: str) -> None:
         ids = ours.encode(text, add_special=False)
         stream = ours.stream()
         assert "".join([*map(stream.feed, ids), stream.flush()]) == ours.decode(ids)
+
+
+def test_replacement_comes_before_byte_fallback() -> None:
+    """As in the library: a replacement may make a byte token, or unmake one."""
+    steps = [
+        {"type": "Replace", "pattern": {"String": "C3"}, "content": "41"},
+        {"type": "ByteFallback"},
+        {"type": "Fuse"},
+    ]
+    decoder = {"type": "Sequence", "decoders": steps}
+    ours = Tokenizer.from_files(_edited("llama", decoder=decoder))
+    token = ours.token_id("<0xC3>")
+    assert token is not None
+    stream = ours.stream()
+    assert stream.feed(token) + stream.flush() == ours.decode([token]) == "A"
+    assert ours.token_bytes(token) == b"A"
+
+
+def test_prefix_that_aborts_the_library_is_refused() -> None:
+    """tokenizers 0.23.3 slices each merge by it: "x" kills the process, "<s>" panics."""
+    model = json.loads(files("qwen2").tokenizer_json)["model"]
+    for prefix in ("x", "<s>"):
+        made = _edited("qwen2", model={**model, "continuing_subword_prefix": prefix})
+        with pytest.raises(UnsupportedError, match=f"continuing_subword_prefix is '{prefix}'"):
+            Tokenizer.from_files(made)
+
+
+_JUNK = st.sampled_from([None, True, -1, 0, 2**70, 1e300, "", "x", "<s>", [], {}, ["a"], {"a": 1}])
+
+
+@pytest.mark.parametrize("kind", ["llama-bpe", "llama"])
+@given(data=st.data())
+@settings(max_examples=80, deadline=None)
+def test_any_edit_of_a_tokenizer_is_a_tokenizer_or_an_error(kind: str, data: st.DataObject) -> None:
+    spec = json.loads(files(kind).tokenizer_json)
+    node: Any = spec
+    while True:
+        keys = sorted(node) if isinstance(node, dict) else range(min(len(node), 5))
+        key = data.draw(st.sampled_from(keys))
+        inner = node[key]
+        if not isinstance(inner, dict | list) or not inner or data.draw(st.integers(0, 3)) == 0:
+            node[key] = data.draw(_JUNK)
+            break
+        node = inner
+    try:
+        ours = Tokenizer.from_files(_with(kind, tokenizer_json=json.dumps(spec)))
+    except EluteError:
+        return  # any other exception fails the test
+    ids = ours.encode("Hello wörld <think> 12", parse_special=True)
+    stream = ours.stream()
+    assert "".join([*map(stream.feed, ids), stream.flush()]) == ours.decode(ids)
 
 
 def test_lone_surrogate_is_refused() -> None:

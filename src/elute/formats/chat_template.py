@@ -7,7 +7,6 @@ gets plain data only, no loader and no file, and its answer has a length limit. 
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Mapping, Sequence
 from datetime import datetime
 from functools import cache
@@ -23,6 +22,7 @@ if TYPE_CHECKING:
 
 MAX_TEMPLATE_CHARS = 1 << 20  # the longest published templates are near 20,000
 MAX_RENDERED_CHARS = 1 << 26  # 64 Mi characters is beyond any context; stops a template that grows
+MAX_POWER_BITS = 4096  # 9**(9**9) takes hours, and no signal interrupts it
 _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
@@ -31,7 +31,8 @@ class ChatTemplate:
 
     Bounds on a hostile template: no attribute beginning with an underscore, no mutation of what it
     is given, range() up to 100,000 (jinja2's sandbox), MAX_TEMPLATE_CHARS of source,
-    MAX_RENDERED_CHARS of answer, checked as it grows, and of a repeated text, and 64-bit powers.
+    MAX_RENDERED_CHARS of answer, checked as it grows, and of a repeated text, and
+    MAX_POWER_BITS of a power.
     Not bounded: the time of nested loops, and the memory of formatting ('%999999999d' % 1); who
     renders templates of strangers for others needs a process with limits.
     """
@@ -190,6 +191,10 @@ def _with_reasoning_names(message: dict[str, Any]) -> dict[str, Any]:
     return message
 
 
+def _are_ints(left: object, right: object) -> bool:
+    return isinstance(left, int) and isinstance(right, int)
+
+
 @cache
 def _environment() -> ImmutableSandboxedEnvironment:
     from jinja2 import nodes
@@ -235,13 +240,13 @@ def _environment() -> ImmutableSandboxedEnvironment:
         return datetime.now().strftime(format)
 
     class BoundedEnvironment(ImmutableSandboxedEnvironment):
-        """Refuses what makes a giant of two small operands: 'a' * 10**9, 9**9**9."""
+        """Refuses what makes a giant of two small operands: 'a' * 10**9, 9**(9**9)."""
 
         intercepted_binops = frozenset({"*", "**"})
 
         def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
             if operator == "**":
-                large = abs(right) * math.log2(max(abs(left), 1)) > 64
+                large = _are_ints(left, right) and right * left.bit_length() > MAX_POWER_BITS
             else:
                 lengths = [len(x) if isinstance(x, Sequence) else x for x in (left, right)]
                 large = lengths != [left, right] and lengths[0] * lengths[1] > MAX_RENDERED_CHARS

@@ -54,13 +54,22 @@ class DecoderPlan:
         """Raises UnsupportedError for a decoder that cannot be followed token by token."""
         if decoder is None:
             raise UnsupportedError(f"tokenizer.json: no decoder found, wanted {_SUPPORTED}")
-        kinds = decoder.get("decoders", ()) if decoder.get("type") == "Sequence" else (decoder,)
         try:
-            return _plan(kinds)
+            return _plan(decoder["decoders"] if decoder["type"] == "Sequence" else [decoder])
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"tokenizer.json: the decoder lacks or misspells {error}, wanted {_SUPPORTED}"
             ) from error
+
+    def byte_of(self, token: str) -> int | None:
+        """The byte that a byte-fallback token stands for."""
+        match = _BYTE_TOKEN.fullmatch(self.replaced(token)) if self.byte_fallback else None
+        return int(match[1], 16) if match else None
+
+    def replaced(self, token: str) -> str:
+        for old, new in self.replacements:
+            token = token.replace(old, new)
+        return token
 
     def token_bytes(self, token: str) -> bytes:
         """The bytes that a token stands for away from the start of the text."""
@@ -69,11 +78,8 @@ class DecoderPlan:
             if all(char in alphabet for char in token):
                 return bytes(alphabet[char] for char in token)
             return token.encode()
-        if self.byte_fallback and (match := _BYTE_TOKEN.fullmatch(token)):
-            return bytes([int(match[1], 16)])
-        for old, new in self.replacements:
-            token = token.replace(old, new)
-        return token.encode()
+        byte = self.byte_of(token)
+        return self.replaced(token).encode() if byte is None else bytes([byte])
 
 
 def _plan(kinds: Sequence[Mapping[str, Any]]) -> DecoderPlan:
@@ -89,7 +95,7 @@ def _plan(kinds: Sequence[Mapping[str, Any]]) -> DecoderPlan:
     replacements = []
     while names and names[0] == "Replace":
         replace, kinds, names = kinds[0], kinds[1:], names[1:]
-        if "String" not in replace["pattern"]:
+        if not replace["pattern"].get("String"):
             raise UnsupportedError(
                 f"tokenizer.json: the decoder replaces the pattern {replace['pattern']}, wanted a "
                 "plain string"
@@ -143,13 +149,14 @@ class _SentencePieces:
         self._strip_char, self._strip_left = plan.strip
 
     def feed(self, token: str) -> str:
-        if self._plan.byte_fallback and _BYTE_TOKEN.fullmatch(token):
-            self._run += self._plan.token_bytes(token)
+        byte = self._plan.byte_of(token)
+        if byte is not None:
+            self._run.append(byte)
             return ""
         if self._first_drops:
             token = token.replace(self._first_drops, "")
             self._first_drops = ""
-        return self._stripped(self._end_run() + self._plan.token_bytes(token).decode())
+        return self._stripped(self._end_run() + self._plan.replaced(token))
 
     def flush(self) -> str:
         return self._stripped(self._end_run())

@@ -11,7 +11,7 @@ import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from elute.errors import FormatError, ShapeError
+from elute.errors import FormatError, ShapeError, UnsupportedError
 from elute.formats.text_stream import DecoderPlan, TextStream
 from elute.types import TokenizerFiles
 
@@ -95,29 +95,18 @@ class Tokenizer:
     @classmethod
     def from_files(cls, files: TokenizerFiles) -> Tokenizer:
         """Raises FormatError for text that is not a tokenizer.json, and for a special token that
-        tokenizer_config.json names but the vocabulary lacks; UnsupportedError for a decoder that
-        cannot stream.
+        tokenizer_config.json names but the vocabulary lacks; UnsupportedError for a model or a
+        decoder of a kind that elute does not read.
         """
         from tokenizers import Tokenizer as Backend
 
-        try:
-            spec = json.loads(files.tokenizer_json)
-        except (json.JSONDecodeError, RecursionError) as error:
-            raise FormatError(f"tokenizer.json: not JSON: {error}; fetch the file again") from error
-        if not isinstance(spec, dict):
-            raise FormatError(f"tokenizer.json: found a {type(spec).__name__}, wanted an object")
-        _check_post_processor(spec.get("post_processor"))
+        spec = _parsed(files.tokenizer_json)
         try:
             backend = Backend.from_str(files.tokenizer_json)
         except Exception as error:  # the library raises bare Exception for everything
             raise FormatError(f"tokenizer.json: {error}; fetch the file again") from error
-        for token in spec.get("added_tokens") or ():
-            found = backend.token_to_id(token["content"])
-            if found != token["id"]:
-                raise FormatError(
-                    f"tokenizer.json: added token {token['content']!r} has id {token['id']}, but "
-                    f"the vocabulary gives it {found}; fetch the file again"
-                )
+        _check_added_tokens(spec.get("added_tokens") or (), backend)
+        _check_post_processor(spec.get("post_processor"))
         # A call of transformers neither truncates nor pads, whatever the file was saved with.
         backend.no_truncation()
         backend.no_padding()
@@ -215,6 +204,35 @@ def _generation_ids(
                 f"{vocabulary_size - 1}"
             )
         yield token
+
+
+def _parsed(tokenizer_json: str) -> dict[str, Any]:
+    try:
+        spec = json.loads(tokenizer_json)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise FormatError(f"tokenizer.json: not JSON: {error}; fetch the file again") from error
+    if not isinstance(spec, dict):
+        raise FormatError(f"tokenizer.json: found a {type(spec).__name__}, wanted an object")
+    model = spec.get("model")
+    # tokenizers 0.23 slices every merge by this prefix unchecked: a wrong one aborts the process.
+    if isinstance(model, Mapping) and model.get("continuing_subword_prefix"):
+        raise UnsupportedError(
+            "tokenizer.json: the model's continuing_subword_prefix is "
+            f"{model['continuing_subword_prefix']!r}, wanted none; elute reads byte-level and "
+            "SentencePiece tokenizers, which have none"
+        )
+    return spec
+
+
+def _check_added_tokens(added_tokens: Sequence[Mapping[str, Any]], backend: Backend) -> None:
+    """The library gives an added token another id, silently, where its own does not follow."""
+    for token in added_tokens:
+        found = backend.token_to_id(token["content"])
+        if found != token["id"]:
+            raise FormatError(
+                f"tokenizer.json: added token {token['content']!r} has id {token['id']}, but "
+                f"the vocabulary gives it {found}; fetch the file again"
+            )
 
 
 def _check_post_processor(post_processor: object) -> None:
