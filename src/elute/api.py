@@ -7,12 +7,15 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
 
 from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
 from elute.runtime.sampler import Sampling
 from elute.runtime.session import Executor
+
+if TYPE_CHECKING:
+    from elute.quantize.recipe import Recipe
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
 
@@ -272,7 +275,7 @@ def load(
     model: str | Path = "default",
     *,
     bits: int | None = None,
-    recipe: Any = None,
+    recipe: Recipe | str | Path | None = None,
     context: int | None = None,
     threads: int | None = None,
     isa: str | None = None,

@@ -65,7 +65,13 @@ def command(
                 "bits_per_weight": round(packed.bits_per_weight, 3),
                 "isa": executors[counts[0]].isa,
                 "peak_memory_bytes": peak_memory_bytes(),
-                "results": [dataclasses.asdict(speed) for speed in speeds],
+                "results": [
+                    {
+                        key: round(value, 2) if isinstance(value, float) else value
+                        for key, value in dataclasses.asdict(speed).items()
+                    }
+                    for speed in speeds
+                ],
             }
         )
         return

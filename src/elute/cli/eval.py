@@ -24,7 +24,9 @@ if TYPE_CHECKING:
     help="The text, UTF-8.",
 )
 @click.option("--windows", type=click.IntRange(1), help="Windows to use.  [default: all]")
-@click.option("--reference", is_flag=True, help="Run the slow float reference of MODEL instead.")
+@click.option(
+    "--reference", is_flag=True, help="Run the slow float reference instead, of BASE too."
+)
 @click.option("--against", metavar="BASE", help="Also D(BASE || MODEL), nats a token.")
 @options.load_options
 @options.as_json
@@ -42,7 +44,7 @@ def command(
     """Measure the perplexity of MODEL on a text, by the protocol of llama.cpp.
 
     The text is cut into windows of --context tokens (512), each evaluated alone, the predictions of
-    its second half scored. --reference runs MODEL's weights in float: of a packed folder, or with
+    its second half scored. --reference runs the weights in float: of a packed folder, or with
     --bits or --recipe, the packed codes; otherwise what the source holds.
     """
     from elute.cli.screen import Screen, answer_json
@@ -68,7 +70,7 @@ def command(
         }
         if against is not None:
             plain = {**given, "bits": None, "recipe": None}
-            base, base_tokens, _ = _subject(against, text_path, screen, False, context, plain)
+            base, base_tokens, _ = _subject(against, text_path, screen, reference, context, plain)
             _check_same_tokens(tokens, base_tokens, against)
             distance = divergence(
                 base, executor, cut, progress=lambda done, total: screen("kl", done, total)

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from elute.runtime.engine import Figures
 
 MIB = 1 << 20
-QUIET_S = 1.0  # a stage shorter than this is not worth a line in a log
+LINE_AFTER_S = 1.0  # a shorter stage is not worth a line in a log
+BAR_AFTER_S = 0.3  # a shorter stage shows no bar, nor costs the 65 ms of importing rich
 
 
 def answer_json(value: dict[str, Any]) -> None:
@@ -45,12 +46,12 @@ class Screen:
     def __call__(self, stage: str, done: int, total: int) -> None:
         """`stage` is done / total through; units are the caller's. Stages may overlap."""
         started = self._started.setdefault(stage, time.perf_counter())
-        if self._bars:
+        took = time.perf_counter() - started
+        if self._bars and took >= BAR_AFTER_S:
             self._show(stage, done, total)
         if total and done >= total:
             del self._started[stage]
-            took = time.perf_counter() - started
-            if took >= QUIET_S:
+            if took >= LINE_AFTER_S:
                 self.note(f"{stage}: {took:.1f} s")
 
     def _show(self, stage: str, done: int, total: int) -> None:

@@ -1,0 +1,166 @@
+"""convert, info, eval, bench and doctor over a tiny packed model."""
+
+import json
+import shutil
+
+import pytest
+from tiny_folder import save_tiny_folder
+
+from elute import cli
+from elute.cli import doctor
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    return tmp_path_factory.mktemp("home")
+
+
+@pytest.fixture
+def run(capsys, monkeypatch, home):
+    monkeypatch.setenv("ELUTE_HOME", str(home))
+
+    def call(*arguments):
+        with pytest.raises(SystemExit) as left:
+            cli.main([str(argument) for argument in arguments])
+        shown = capsys.readouterr()
+        return left.value.code, shown.out, shown.err
+
+    return call
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory):
+    file = tmp_path_factory.mktemp("text") / "text.txt"
+    file.write_text("the cat and the dog sat on the mat while the rain in the hills fell. " * 40)
+    return file
+
+
+def test_convert_makes_a_folder_that_runs(run, folder, tmp_path):
+    out = tmp_path / "packed"
+    code, shown, err = run("convert", folder, out, "--bits", "3", "--json")
+    assert code == 0, err
+    assert json.loads(shown)["path"] == str(out)
+    assert "bits a weight" in err
+    code, shown, err = run("run", out, "the cat", "--max-tokens", "3", "-q", "--temperature", "0")
+    assert (code, err) == (0, "")
+    assert shown.endswith("\n")
+    code, _, err = run("convert", out, tmp_path / "again")
+    assert code == 1
+    assert "is packed already" in err
+
+
+def test_convert_refuses_to_overwrite_without_force(run, folder, tmp_path):
+    out = tmp_path / "packed"
+    assert run("convert", folder, out)[0] == 0
+    code, _, err = run("convert", folder, out)
+    assert code == 1
+    assert err.startswith("error: ")
+    assert run("convert", folder, out, "--force")[0] == 0
+
+
+def test_convert_can_stop_after_the_download(run, folder):
+    code, out, err = run("convert", folder, "--fetch-only", "--json")
+    assert code == 0, err
+    assert json.loads(out) == {"path": str(folder)}
+    assert run("convert", folder)[0] == 2
+
+
+def test_info_describes_and_verifies(run, folder, tmp_path):
+    out = tmp_path / "packed"
+    run("convert", folder, out, "-q")
+    told = json.loads(run("info", out, "--verify", "--json")[1])
+    assert told["verified"]
+    assert told["model_type"] == "llama"
+    assert sum(kind["weights"] for kind in told["matrices"]) == told["weights"]
+    assert {kind["bits"] for kind in told["matrices"]} == {4, 8}
+    assert "all as the manifest says" in run("info", out, "--verify")[1]
+    shard = next(out.glob("*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-1] ^= 1
+    shard.write_bytes(damaged)
+    code, _, err = run("info", out, "--verify")
+    assert code == 1
+    assert "sha256" in err
+
+
+def test_eval_ends_with_one_json_object(run, folder, text):
+    code, out, err = run("eval", folder, "--text", text, "--context", 64, "--windows", 3, "--json")
+    assert code == 0, err
+    told = json.loads(out.splitlines()[-1])
+    assert (told["windows"], told["tokens_scored"]) == (3, 93)
+    assert told["perplexity"] > 1
+
+
+def test_eval_reference_of_the_packed_codes_is_near_and_kl_is_small(run, folder, text):
+    same = ["--text", text, "--context", 64, "--windows", 2, "--json", "-q"]
+    packed = json.loads(run("eval", folder, "--bits", 8, "--against", folder, *same)[1])
+    reference = json.loads(run("eval", folder, "--bits", 8, "--reference", *same)[1])
+    floats = json.loads(run("eval", folder, "--reference", *same)[1])
+    assert packed["perplexity"] == pytest.approx(reference["perplexity"], rel=0.05)
+    assert reference["perplexity"] == pytest.approx(floats["perplexity"], rel=0.05)
+    assert reference["perplexity"] != floats["perplexity"]
+    assert 0 < packed["kl"] < 2
+
+
+def test_eval_says_what_is_wrong_with_the_text(run, folder, tmp_path):
+    short = tmp_path / "short.txt"
+    short.write_text("the cat")
+    code, _, err = run("eval", folder, "--text", short)
+    assert code == 1
+    assert "make 0 windows of 512" in err
+    short.write_bytes(b"the \xff cat")
+    assert "byte 4 is not UTF-8" in run("eval", folder, "--text", short)[2]
+
+
+def test_bench_prints_llama_bench_names(run, folder):
+    sizes = ["--prompt", 16, "--generate", 4, "--repeats", 2, "--threads", "1,2"]
+    code, out, err = run("bench", folder, *sizes)
+    assert code == 0, err
+    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
+        ["pp16", "1"], ["pp16", "2"], ["tg4", "1"], ["tg4", "2"],
+    ]  # fmt: skip
+    told = json.loads(run("bench", folder, *sizes, "--json")[1])
+    assert len(told["results"]) == 4
+    assert run("bench", folder, "--threads", "0")[0] == 2
+
+
+def test_doctor_is_content_with_this_machine(run):
+    code, out, err = run("doctor", "--json")
+    told = json.loads(out)
+    assert (code, err) == (0, "")
+    assert told["isa"] in told["isas"]
+    assert all(told["kernel_test"].values())
+    assert told["memory_bytes"] > 0
+    assert "verdict   ready" in run("doctor")[1]
+
+
+def test_doctor_fails_on_a_wrong_kernel(run, monkeypatch):
+    from elute.runtime import self_test
+
+    monkeypatch.setattr(self_test, "kernels_are_right", lambda isa: isa != "scalar")
+    code, out, _ = run("doctor")
+    assert code == 1
+    assert "scalar WRONG" in out
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [("1048576\n", 1 << 20), ("max\n", None), ("9223372036854771712", None)]
+)
+def test_the_limit_of_the_control_group(tmp_path, content, limit):
+    file = tmp_path / "memory.max"
+    file.write_text(content)
+    assert doctor.memory_limit_bytes((tmp_path / "missing", file)) == limit
+
+
+def test_an_error_in_a_file_is_one_line(run, folder, tmp_path):
+    broken = shutil.copytree(folder, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"\x00" * 4)
+    code, out, err = run("run", broken, "x")
+    assert (code, out) == (1, "")
+    assert err.startswith("error: ")
+    assert len(err.splitlines()) == 1

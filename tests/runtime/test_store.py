@@ -1,0 +1,72 @@
+import json
+
+import pytest
+from tiny_folder import save_tiny_folder
+
+from elute.errors import FormatError, UnsupportedError
+from elute.quantize.recipe import Recipe
+from elute.runtime.store import choose_recipe, is_packed, open_packed
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_folder(tmp_path_factory.mktemp("tiny") / "model")
+
+
+def test_a_model_is_packed_once_for_each_recipe(folder, tmp_path):
+    stages = []
+    first = open_packed(
+        str(folder), cache_dir=tmp_path, progress=lambda *stage: stages.append(stage)
+    )
+    assert is_packed(first.path)
+    assert first.path.parent == tmp_path / "packed"
+    assert stages[-1][0] == "convert"
+    assert stages[-1][1] == stages[-1][2]
+    stages.clear()
+    again = open_packed(str(folder), cache_dir=tmp_path, progress=lambda *s: stages.append(s))
+    assert again.path == first.path
+    assert stages == []
+    other = open_packed(str(folder), bits=2, cache_dir=tmp_path)
+    assert other.path != first.path
+    assert other.bits_per_weight < first.bits_per_weight
+
+
+def test_a_changed_source_is_packed_again(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    first = open_packed(str(folder), cache_dir=tmp_path / "cache")
+    save_tiny_folder(folder, seed=1)
+    assert open_packed(str(folder), cache_dir=tmp_path / "cache").path != first.path
+
+
+def test_a_packed_folder_is_opened_as_it_is_and_not_packed_otherwise(folder, tmp_path):
+    packed = open_packed(str(folder), cache_dir=tmp_path)
+    assert open_packed(str(packed.path), cache_dir=tmp_path).path == packed.path
+    with pytest.raises(UnsupportedError, match="is packed already"):
+        open_packed(str(packed.path), bits=3, cache_dir=tmp_path)
+
+
+def test_bits_ask_for_requantizing_and_the_default_keeps_codes():
+    assert choose_recipe(3, None).requantize
+    assert not choose_recipe(None, None).requantize
+    with pytest.raises(UnsupportedError, match="bits=3 beside a recipe"):
+        choose_recipe(3, Recipe.default())
+
+
+def test_a_recipe_file_is_read(tmp_path):
+    file = tmp_path / "r.json"
+    file.write_text(json.dumps({"bits": 3, "group_size": 32}))
+    assert choose_recipe(None, file).rule_for("x").bits == 3
+
+
+def test_an_unknown_architecture_is_refused_before_any_work(folder, tmp_path):
+    other = save_tiny_folder(tmp_path / "model")
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
+    with pytest.raises(UnsupportedError, match="mamba"):
+        open_packed(str(other), cache_dir=tmp_path / "cache")
+    assert not list((tmp_path / "cache" / "packed").iterdir())
+
+
+def test_a_path_that_leads_nowhere_is_refused(tmp_path):
+    with pytest.raises(FormatError, match="no such file"):
+        open_packed("./nothing-here", cache_dir=tmp_path)
