@@ -56,6 +56,11 @@ def test_draws_follow_the_distribution_at_a_temperature():
     assert (abs(share - want) <= 5 * np.sqrt(want * (1 - want) / 20000) + 1e-9).all()
 
 
+@pytest.mark.parametrize("temperature", [1e-300, 1e-9, 1e-3])
+def test_a_cold_temperature_is_greedy_and_overflows_nothing(temperature):
+    assert set(draws([1.0, 30.0, 29.9, -50.0], 20, temperature=temperature)) == {1}
+
+
 def test_top_k_keeps_k_and_breaks_ties_by_id():
     assert set(draws([1, 2, 2, 2, 0], top_k=2)) == {1, 2}
 

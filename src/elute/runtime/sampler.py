@@ -6,6 +6,7 @@ import math
 import secrets
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,10 +14,12 @@ import numpy.typing as npt
 from elute.errors import DeviceError, ShapeError
 from elute.types import F32
 
+COLDEST = 1e-6  # below it f32 logits divided by the temperature overflow; any tie is long decided
 FIRST_CANDIDATES = 256  # top-p rarely needs more; each retry takes 8 times as many
 
 F64 = npt.NDArray[np.float64]
 I64 = npt.NDArray[np.int64]
+Floats = npt.NDArray[np.floating[Any]]
 
 
 @dataclass(frozen=True)
@@ -97,8 +100,7 @@ class Choice:
 class Sampler:
     """Draws the tokens of one answer; holds its random stream and the counts that penalties need.
 
-    The stream is numpy's PCG64, one draw a token (none when greedy), so a seed repeats on every
-    machine.
+    The stream is numpy's PCG64, one draw a token and none when greedy.
     """
 
     def __init__(self, sampling: Sampling, *, vocabulary: int, prompt: Sequence[int] = ()) -> None:
@@ -165,22 +167,22 @@ class Sampler:
 
     def _draw(self, logits: F32, peak: float) -> int:
         s = self.sampling
-        scaled = (logits.astype(np.float64) - peak) / s.temperature  # <= 0, so exp cannot overflow
-        if s.top_k and s.top_k < scaled.size:
-            ids = largest(scaled, s.top_k)
-            scaled = scaled[ids]
-        else:
-            ids = np.arange(scaled.size)
-        mass = np.exp(scaled)
+        ids: I64 | None = None  # None: all tokens
+        if s.top_k and s.top_k < logits.size:
+            ids = largest(logits, s.top_k)
+            logits = logits[ids]
+        # At most 0, so that exp cannot overflow; f32 halves the time over a large vocabulary.
+        mass = np.exp((logits - np.float32(peak)) / np.float32(max(s.temperature, COLDEST)))
         if s.top_p < 1.0 or s.min_p > 0.0:
             keep = nucleus(mass, s.top_p, s.min_p)
-            ids, mass = ids[keep], mass[keep]
-        cumulative = np.cumsum(mass)
-        at = np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right")
-        return int(ids[min(int(at), ids.size - 1)])  # rounding can reach the end exactly
+            ids, mass = keep if ids is None else ids[keep], mass[keep]
+        cumulative = np.cumsum(mass, dtype=np.float64)
+        at = int(np.searchsorted(cumulative, self._random.random() * cumulative[-1], side="right"))
+        at = min(at, cumulative.size - 1)  # rounding can reach the end exactly
+        return at if ids is None else int(ids[at])
 
 
-def largest(values: F64, k: int) -> I64:
+def largest(values: Floats, k: int) -> I64:
     """-> i64 [k], indices of the k largest, best first; among equals the lowest index first."""
     if k >= values.size:
         return np.argsort(-values, kind="stable")
@@ -191,8 +193,8 @@ def largest(values: F64, k: int) -> I64:
     return chosen[np.argsort(-values[chosen], kind="stable")]
 
 
-def nucleus(mass: F64, top_p: float, min_p: float) -> I64:
-    """mass f64 [n], unnormalized probabilities -> i64 [m], what top-p and min-p both keep.
+def nucleus(mass: Floats, top_p: float, min_p: float) -> I64:
+    """mass [n], unnormalized probabilities -> i64 [m], what top-p and min-p both keep.
 
     Best first; at least one.
     Both keep a prefix of the sorted order, so the shorter prefix is the answer whatever the order
@@ -201,11 +203,11 @@ def nucleus(mass: F64, top_p: float, min_p: float) -> I64:
     within_min_p = int(np.count_nonzero(mass >= min_p * mass.max())) if min_p > 0.0 else mass.size
     if top_p >= 1.0:
         return largest(mass, max(within_min_p, 1))
-    wanted = top_p * float(mass.sum())
+    wanted = top_p * float(mass.sum(dtype=np.float64))
     size = min(FIRST_CANDIDATES, within_min_p)
     while True:
         order = largest(mass, size)
-        before = np.cumsum(mass[order]) - mass[order]
+        before = np.cumsum(mass[order], dtype=np.float64) - mass[order]
         kept = int(np.count_nonzero(before < wanted))
         if kept < size or size == within_min_p:
             return order[: max(kept, 1)]
@@ -223,9 +225,8 @@ def log_softmax_at(logits: F32, tokens: npt.NDArray[np.integer]) -> F64:
 
 def token_logprob(logits: F32, token: int, n_top: int) -> TokenLogprob:
     """logits f32 [vocabulary] -> log p of `token` and of the n_top most probable tokens."""
-    wide = logits.astype(np.float64)
-    peak = float(wide.max())
-    total = peak + math.log(float(np.exp(wide - peak).sum()))
-    best = largest(wide, min(n_top, wide.size)) if n_top else np.zeros(0, np.int64)
-    top = tuple((int(i), float(wide[i]) - total) for i in best)
-    return TokenLogprob(token, float(wide[token]) - total, top)
+    peak = logits.max()
+    total = float(peak) + math.log(float(np.exp(logits - peak).sum(dtype=np.float64)))
+    best = largest(logits, min(n_top, logits.size)) if n_top else np.zeros(0, np.int64)
+    top = tuple((int(i), float(logits[i]) - total) for i in best)
+    return TokenLogprob(token, float(logits[token]) - total, top)
