@@ -108,6 +108,16 @@ def test_default_model_equals_transformers(default_gguf: Path) -> None:
         assert "".join(pieces) == theirs.decode(ids, skip_special_tokens=False), text
 
 
+def test_regexes_equal_transformers() -> None:
+    pytest.importorskip("transformers")
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import GGUF_PRE_TOKENIZER_SPLITS
+
+    shared = PRE_TOKENIZERS.keys() & GGUF_PRE_TOKENIZER_SPLITS.keys()
+    assert {"llama-bpe", "qwen2", "tekken", "gpt-4o", "dbrx"} <= shared
+    for name in shared:
+        assert PRE_TOKENIZERS[name].splits == (GGUF_PRE_TOKENIZER_SPLITS[name],), name
+
+
 @pytest.mark.parametrize("name", sorted(PRE_TOKENIZERS))
 def test_every_pre_tokenizer_keeps_all_text(name: str) -> None:
     ours = rebuilt({**metadata("gpt-2"), "tokenizer.ggml.pre": name})

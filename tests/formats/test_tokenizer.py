@@ -238,6 +238,22 @@ def test_token_that_only_the_config_calls_special_is_special(tmp_path: Path) -> 
         assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
 
 
+def test_switches_of_added_tokens_in_the_config_win_like_transformers(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    switches = {"lstrip": True, "rstrip": True, "normalized": False, "single_word": False}
+    listed = {"480": {"content": "<think>", "special": True, **switches}}
+    config = {**files("smollm").tokenizer_config, "added_tokens_decoder": listed}
+    (tmp_path / "tokenizer.json").write_text(files("smollm").tokenizer_json, encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    ours = Tokenizer.from_files(_with("smollm", tokenizer_config=config))
+    for text in ("a <think>  b", "<think>"):
+        ids = theirs(text)["input_ids"]
+        assert ours.encode(text, parse_special=True) == ids
+        assert ours.decode(ids) == theirs.decode(ids, skip_special_tokens=True)
+    assert len(ours.encode("a <think>  b", parse_special=True)) == 3
+
+
 @pytest.mark.parametrize("key", ["bos_token", "eos_token", "pad_token"])
 @pytest.mark.parametrize("value", ["<nowhere>", {"content": "<nowhere>"}])
 def test_special_token_that_the_vocabulary_lacks_is_refused(key: str, value: Any) -> None:
@@ -249,6 +265,14 @@ def test_special_token_that_the_vocabulary_lacks_is_refused(key: str, value: Any
     ("config", "message"),
     [
         ({"bos_token": 3}, "bos_token is 3, wanted a token's text"),
+        ({"extra_special_tokens": 3}, "extra_special_tokens is 3, wanted a list"),
+        (
+            {"added_tokens_decoder": {"480": {"content": "<think>", "lstrip": 1}}},
+            "lstrip is 1, wanted true or false",
+        ),
+        ({"added_tokens_decoder": ["<x>"]}, "added_tokens_decoder is a list, wanted a map"),
+        ({"added_tokens_decoder": {"480": {"content": "<x>"}}}, r"gives it None"),
+        ({"added_tokens_decoder": {"3": {"content": "<think>"}}}, r"\[3\] is .* gives it 480"),
         ({"bos_token": {"text": "x"}}, "wanted a token's text or an object with its content"),
         ({"additional_special_tokens": ["<x>"]}, r"additional_special_tokens\[0\] is '<x>'"),
     ],

@@ -31,6 +31,8 @@ END_OF_TURN_TOKENS = (
     "<|end|>",  # Phi
 )
 
+_TOKEN_SWITCHES = ("single_word", "lstrip", "rstrip", "normalized", "special")
+
 
 def named_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
     """The special tokens that tokenizer_config.json names: {"bos_token": "<s>", ...}.
@@ -254,18 +256,21 @@ def _check_post_processor(post_processor: object) -> None:
 
 
 def _add_config_tokens(backend: Backend, tokenizer_config: Mapping[str, Any]) -> None:
-    """Mark as special what tokenizer_config.json names, as transformers does on loading.
+    """Find in a text, and call special, what tokenizer_config.json says, as transformers does.
 
     Differs: transformers gives a token that the vocabulary lacks a new id, for which the embedding
     has no row; that is an error here.
     """
     from tokenizers import AddedToken
 
+    _add_listed_tokens(backend, tokenizer_config.get("added_tokens_decoder") or {})
     named = dict(named_special_tokens(tokenizer_config))
     for key in ("additional_special_tokens", "extra_special_tokens"):
         extra = tokenizer_config.get(key) or ()
-        if not isinstance(extra, Mapping):
+        if isinstance(extra, list | tuple):
             named.update({f"{key}[{i}]": _token_content(key, t) for i, t in enumerate(extra)})
+        elif not isinstance(extra, Mapping):  # a map was read with the named tokens
+            raise FormatError(f"tokenizer_config.json: {key} is {extra!r}, wanted a list of tokens")
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for key, content in named.items():
         if backend.token_to_id(content) is None:
@@ -279,3 +284,30 @@ def _add_config_tokens(backend: Backend, tokenizer_config: Mapping[str, Any]) ->
         elif not known.special:
             known.special = True
             backend.add_special_tokens([known])
+
+
+def _add_listed_tokens(backend: Backend, listed: object) -> None:
+    """added_tokens_decoder: {"480": {"content": "<think>", "lstrip": false, ...}}."""
+    from tokenizers import AddedToken
+
+    where = "tokenizer_config.json: added_tokens_decoder"
+    if not isinstance(listed, Mapping):
+        raise FormatError(f"{where} is a {type(listed).__name__}, wanted a map")
+    added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+    for key, token in listed.items():
+        content = _token_content(f"added_tokens_decoder[{key}]", token)
+        found = backend.token_to_id(content)
+        if str(found) != str(key):
+            raise FormatError(
+                f"{where}[{key}] is {content!r}, but the vocabulary of tokenizer.json gives it "
+                f"{found}; fetch both files again"
+            )
+        if not isinstance(token, Mapping):
+            continue
+        switches = {name: token[name] for name in _TOKEN_SWITCHES if name in token}
+        for name, value in switches.items():
+            if not isinstance(value, bool):
+                raise FormatError(f"{where}[{key}]: {name} is {value!r}, wanted true or false")
+        wanted = AddedToken(content, **switches)
+        if repr(wanted) != repr(added.get(content)):
+            backend.add_tokens([wanted])
