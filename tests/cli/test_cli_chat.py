@@ -38,7 +38,6 @@ def test_chat_commands_are_not_sent_to_the_model(chat, fake_load):
 def test_chat_that_is_full_says_so_and_goes_on(chat, fake_load):
     fake_load.context = 60
     done = chat("who?\n" + "x" * 80 + "\nand?\n")
-    assert done.exit_code == 0
     assert done.stdout == "hello there\nhello\n"
     assert "error: prompt: found" in done.stderr
     assert "/reset starts over" in done.stderr
@@ -48,3 +47,10 @@ def test_chat_without_a_template_is_refused(chat, fake_load):
     fake_load.template = False
     done = chat("who?\n")
     assert "no chat template" in str(done.exception)
+
+
+def test_chat_over_a_pipe_exits_with_1_after_an_error(elute_process):
+    process = elute_process("chat")
+    out, err = process.communicate("x" * 4001 + "\n", timeout=10)
+    assert (process.returncode, out) == (1, "")
+    assert err.startswith("error: prompt: found")

@@ -65,6 +65,13 @@ def test_run_reads_stdin_and_a_system_message(fake_load):
     assert text.startswith("<system>be brief<user>from stdin<assistant>")
 
 
+def test_a_prompt_that_is_not_utf8_is_refused(fake_load):
+    from elute.cli.application import application
+
+    done = CliRunner().invoke(application, ["run", "default", "-"], input=b"caf\xe9")
+    assert "stdin: byte 3 is not UTF-8" in str(done.exception)
+
+
 def test_run_passes_its_options_on(run, fake_load):
     run("run", "m", "x", "--bits", "3", "--context", "99", "--threads", "2", "--isa", "avx2")
     call = fake_load.calls[0]

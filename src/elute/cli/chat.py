@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from elute.cli import EXIT_INTERRUPTED, options
+from elute.cli import EXIT_ERROR, EXIT_INTERRUPTED, options
 from elute.cli.run import answer
 
 if TYPE_CHECKING:
@@ -52,17 +52,18 @@ def command(model: str, **given: Any) -> int:
 
 
 def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
-    from elute.errors import BudgetError
+    from elute.errors import BudgetError, EluteError
 
     start = [] if given["system"] is None else [{"role": "system", "content": given["system"]}]
     messages = list(start)
     interrupted = False  # the last line was a Ctrl-C as well
+    code = 0
     while True:
         try:
             line = input(">>> ") if sys.stdin.isatty() else _next_line()
             interrupted = False
         except EOFError:
-            return 0
+            return code
         except KeyboardInterrupt:
             if interrupted or not sys.stdin.isatty():
                 return EXIT_INTERRUPTED
@@ -71,7 +72,7 @@ def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
             continue
         text = line.strip()
         if text in ("/exit", "/quit"):
-            return 0
+            return code
         if text == "/reset":
             messages = list(start)
             screen.note("a new conversation")
@@ -83,9 +84,11 @@ def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
             asked = [*messages, {"role": "user", "content": line}]
             try:
                 done = answer(model, asked, given, screen=screen, show=True)
-            except BudgetError as error:
-                # The conversation as it was still fits; only this message does not.
-                click.echo(f"error: {error} (/reset starts over)", err=True)
+            except EluteError as error:
+                # The conversation as it was is still good; only this message is left out.
+                hint = " (/reset starts over)" if isinstance(error, BudgetError) else ""
+                click.echo(f"error: {error}{hint}", err=True)
+                code = 0 if sys.stdin.isatty() else EXIT_ERROR
                 continue
             from elute.cli.screen import figures_line
 

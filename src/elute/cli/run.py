@@ -44,7 +44,7 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
     if given["raw"] and given["system"] is not None:
         raise click.UsageError("--system needs the chat template, which --raw leaves out")
     if text == "-":
-        text = sys.stdin.read()
+        text = _read_stdin()
     with Screen(quiet=given["quiet"]) as screen:
         started = time.perf_counter()
         with options.load_model(name, screen, given) as model:
@@ -77,6 +77,17 @@ def _split(arguments: tuple[str, ...]) -> tuple[str, str]:
     raise click.UsageError(
         f"found {len(arguments)} arguments, wanted [MODEL] PROMPT; is the prompt in quotes?"
     )
+
+
+def _read_stdin() -> str:
+    from elute.errors import FormatError
+
+    try:
+        return click.get_binary_stream("stdin").read().decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8"
+        ) from None
 
 
 def answer(
