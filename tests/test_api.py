@@ -48,6 +48,15 @@ def test_stream_and_generate_agree():
     assert "".join(chunk.text for chunk in chunks) == model(b"hello").generate("x").text == "hello"
 
 
+def test_closing_a_stream_leaves_the_model_usable():
+    m = model(b"hello")
+    chunks = m.stream("x")
+    assert next(chunks).text == "h"
+    chunks.close()
+    done = m.generate("x")
+    assert (done.text, done.figures.reused_tokens) == ("hello", 0)
+
+
 def test_chat_goes_through_the_template():
     m = model(b"hi")
     done = m.chat("who?")

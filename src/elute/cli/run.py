@@ -83,7 +83,7 @@ def _read_stdin() -> str:
     from elute.errors import FormatError
 
     try:
-        return click.get_binary_stream("stdin").read().decode()
+        return sys.stdin.buffer.read().decode()
     except UnicodeDecodeError as error:
         raise FormatError(
             f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8"
