@@ -212,6 +212,14 @@ def test_a_vector_of_two_dimensions_is_refused(tmp_path: Path) -> None:
         packed.add_vector("v", np.zeros((2, 3), np.float32))
 
 
+def test_names_that_collide_with_parts_are_refused(tmp_path: Path) -> None:
+    matrix = random_matrix(32, 64, bits=4, group_size=32, affine=Affine.MIN, seed=0)
+    with writer(tmp_path / "model", ["w", "w.scales"]) as packed:
+        packed.add_vector("w.scales", np.zeros(3, np.float32))
+        with pytest.raises(FormatError, match=r"w\.scales: is the name of two tensors"):
+            packed.add_matrix("w", matrix.shape, [quads.pack(matrix)])
+
+
 def test_a_config_without_json_form_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(FormatError, match=r"config.json: cannot be written"),

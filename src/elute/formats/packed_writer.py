@@ -243,8 +243,12 @@ class _Shard:
     def close_tensor(self, name: str, part: layout.Part, *, written: int) -> None:
         """Pads what was written since the last tensor and lists it.
 
-        Raises ShapeError unless that is the size of the part.
+        Raises ShapeError unless that is the size of the part, FormatError for a name in use.
         """
+        if name + part.suffix in self._entries:  # such as a vector that is called w.scales
+            raise FormatError(
+                f"{name}{part.suffix}: is the name of two tensors; rename one in the checkpoint"
+            )
         if written != part.n_bytes:
             raise ShapeError(
                 f"{name}{part.suffix}: found {written} bytes, wanted {part.n_bytes}; pack it again"
