@@ -53,7 +53,7 @@ def test_the_default_recipe_reaches_every_tensor(tmp_path: Path) -> None:
     assert model.names == tuple(checkpoint.names())
     assert [model.records[name].bits for name in (EMBEDDING, HEAD)] == [8, 8]
     q_proj = "model.layers.0.self_attn.q_proj.weight"
-    want = rtn.quantize(checkpoint.read(q_proj), bits=4, group_size=64, symmetric=False)
+    want = rtn.quantize(checkpoint.read(q_proj), bits=4, group_size=32, symmetric=True)
     got = unpack(model.matrix(q_proj))
     assert np.array_equal(got.codes, want.codes)
     assert np.array_equal(got.dequantize(), want.dequantize())
@@ -113,7 +113,7 @@ def test_codes_are_requantized_only_when_asked(
     recipe = Recipe((Rule("kept", scheme=Scheme.KEEP), Rule("*", bits=3)), requantize=True)
     checkpoint = MemoryCheckpoint({"w": matrix, "kept": matrix})
     model = convert(checkpoint, tmp_path / "out", recipe)
-    want = rtn.quantize(matrix.dequantize(), bits=3, group_size=64, symmetric=False)
+    want = rtn.quantize(matrix.dequantize(), bits=3, group_size=32, symmetric=True)
     assert np.array_equal(unpack(model.matrix("w")).dequantize(), want.dequantize())
     assert np.array_equal(unpack(model.matrix("kept")).dequantize(), matrix.dequantize())
     assert "quantized 1 quantized matrices again" in caplog.text
@@ -137,7 +137,7 @@ def test_groups_that_do_not_fit_fall_back_in_one_line(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     checkpoint = MemoryCheckpoint({"a": floats(4, 96), "b": floats(4, 96), "c": floats(4, 36)})
-    model = convert(checkpoint, tmp_path / "out", Recipe.default())
+    model = convert(checkpoint, tmp_path / "out", Recipe.default(group_size=64))
     assert [model.records[name].group_size for name in "abc"] == [32, 32, 36]
     assert caplog.text.count("2 matrices with K=96 take group_size=32, because 64") == 1
     assert "1 matrices with K=36 take group_size=36" in caplog.text
@@ -243,7 +243,7 @@ def test_short_writes_are_completed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(packed_writer.io, "FileIO", FullDisk)
     monkeypatch.setattr(FullDisk, "limit", 1 << 30)
     model = convert(small_checkpoint(), tmp_path / "out", Recipe.default())
-    want = rtn.quantize(small_checkpoint().read(HEAD), bits=8, group_size=64, symmetric=False)
+    want = rtn.quantize(small_checkpoint().read(HEAD), bits=8, group_size=32, symmetric=True)
     assert np.array_equal(unpack(model.matrix(HEAD)).codes, want.codes)
 
 

@@ -17,7 +17,7 @@ DOWN = "model.layers.3.mlp.down_proj.weight"
 def test_the_default_gives_linears_4_bits_and_the_ends_8() -> None:
     recipe = Recipe.default()
     assert [recipe.rule_for(name).bits for name in (Q_PROJ, DOWN, EMBEDDING, HEAD)] == [4, 4, 8, 8]
-    assert recipe.rule_for(Q_PROJ).scheme is Scheme.ASYMMETRIC
+    assert recipe.rule_for(Q_PROJ) == Rule("*", 4, 32, Scheme.SYMMETRIC)
     assert [Recipe.default(bits=2).rule_for(name).bits for name in (Q_PROJ, HEAD)] == [2, 8]
     assert Recipe.default(group_size=None).rule_for(Q_PROJ).group_size is None
 
@@ -45,7 +45,7 @@ def test_rules_apply_in_order_and_inherit_the_top_level(tmp_path: Path) -> None:
     (tmp_path / "r.toml").write_text(TOML)
     recipe = Recipe.load(tmp_path / "r.toml")
     assert recipe.rule_for(DOWN) == Rule("*.down_proj.weight", 6, 32, Scheme.SYMMETRIC)
-    assert recipe.rule_for(Q_PROJ) == Rule("model.layers.[01].*", 3, None, Scheme.ASYMMETRIC)
+    assert recipe.rule_for(Q_PROJ) == Rule("model.layers.[01].*", 3, None, Scheme.SYMMETRIC)
     assert recipe.rule_for("model.layers.2.mlp.up_proj.weight").bits == 2  # ternary
     assert recipe.rule_for("model.layers.2.self_attn.k_proj.weight") == Rule("*", 3, 32)
     assert recipe.rule_for(HEAD) == Rule(HEAD, 8, 32)

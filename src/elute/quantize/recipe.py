@@ -20,7 +20,9 @@ HEAD = "lm_head.weight"
 DEFAULT_BITS = 4
 TERNARY_BITS = 2
 OUTER_BITS = 8  # embedding and head: the rows of rare tokens have no others to average errors out
-DEFAULT_GROUP = 64  # = ACT_BLOCK: one scale of weights meets one of activations; see docs/log.md
+# At 4.5 bits a weight, symmetric groups of 32 beat asymmetric groups of 64: perplexity 27.5 : 30.8
+# on SmolLM2-135M, squared error 0.0069 : 0.0075 on normal, 0.0109 : 0.0113 on Student-t weights.
+DEFAULT_GROUP = 32
 
 
 class Scheme(StrEnum):
@@ -37,7 +39,7 @@ class Rule:
     match: str
     bits: int = DEFAULT_BITS
     group_size: int | None = DEFAULT_GROUP  # None: the whole row
-    scheme: Scheme = Scheme.ASYMMETRIC
+    scheme: Scheme = Scheme.SYMMETRIC
 
     def for_columns(self, n_columns: int, *, where: str) -> Rule:
         """This rule with the largest group that packs a row of n_columns and is not above its own,
@@ -132,7 +134,7 @@ class Recipe:
 
 
 def _default_rules(fallback: Rule) -> tuple[Rule, ...]:
-    scheme = Scheme.ASYMMETRIC if fallback.scheme is Scheme.TERNARY else fallback.scheme
+    scheme = Scheme.SYMMETRIC if fallback.scheme is Scheme.TERNARY else fallback.scheme
     outer = replace(fallback, bits=OUTER_BITS, scheme=scheme)
     return replace(outer, match=EMBEDDING), replace(outer, match=HEAD), replace(fallback, match="*")
 

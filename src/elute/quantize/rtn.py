@@ -32,8 +32,8 @@ def quantize(
     symmetric  SYMMETRIC with zero = 2**(bits-1), scales of either sign; otherwise MIN
     where      the tensor's name, and first_row the number of row w[0] in it, for messages
 
-    Each group takes the better (by squared error) of two fits: codes that end on its extreme
-    weights, and codes that share its range equally, whose step is smaller. Both keep, above 1 bit,
+    Codes end on the extreme weights of a group. Below 4 bits a group takes, where its squared error
+    is less, codes that share its range equally, whose step is smaller. Both keep, above 1 bit,
         |w - dequantized| <= |scale|/2 + 2**-11 * (2**bits * |scale| + |offset|)      (+ 2**-24)
     1 bit is the sign of w - center times its mean magnitude, center 0 (symmetric) or the group's
     mean, as MIN: that halves no step, but it is the least squared error for two codes.
@@ -80,6 +80,12 @@ def quantize(
     )
 
 
+# From here up, exact extremes are worth more than a step that is smaller by 1/2**bits. Perplexity
+# of SmolLM2-135M (its Q4_1 weights quantized again, groups of 64, 4 windows of 512): both fits
+# against ends alone are 157 : 208 at 3 bits, but 32.3 : 30.8 at 4 (symmetric, groups of 32:
+# 28.5 : 27.5).
+_ENDS_ONLY_BITS = 4
+
 Fit = tuple[F16, F16]  # scale and offset of each group [rows, groups]; offset 0 when symmetric
 
 
@@ -90,6 +96,8 @@ def _min_fits(x: F32, bits: int) -> list[Fit]:
     end_offset = floor_to_f16(low)
     span = high - end_offset.astype(np.float32)
     end_scale = scale_to_f16(span / np.float32((1 << bits) - 1))
+    if bits >= _ENDS_ONLY_BITS:
+        return [(end_scale, end_offset)]
     share_scale = scale_to_f16(span / np.float32(1 << bits))
     share_offset = end_offset.astype(np.float32) + share_scale.astype(np.float32) / 2
     return [(end_scale, end_offset), (share_scale, share_offset.astype(np.float16))]
@@ -99,7 +107,7 @@ def _symmetric_fits(x: F32, bits: int) -> list[Fit]:
     low, high = x.min(axis=-1), x.max(axis=-1)
     below = 1 << (bits - 1)  # codes below zero; one fewer above it
     fits: list[Fit] = []
-    for margin in (0.0, 0.5):
+    for margin in (0.0,) if bits >= _ENDS_ONLY_BITS else (0.0, 0.5):
         above_step, below_step = np.float32(below - 1 + margin), np.float32(below + margin)
         positive = np.maximum(high / above_step, -low / below_step)
         negative = np.maximum(-low / above_step, high / below_step)  # the spare code goes to `high`
