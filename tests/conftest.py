@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -18,3 +20,13 @@ def default_gguf() -> Path:
     if path is None or not path.is_file():
         pytest.skip(f"the default model is not here ({path}); run make demo or set ELUTE_TEST_GGUF")
     return path
+
+
+@pytest.fixture(autouse=True)
+def _elute_logger() -> Iterator[None]:
+    """Commands and some tests set up the `elute` logger; the next test finds it as it was."""
+    logger = logging.getLogger("elute")
+    before = list(logger.handlers), logger.propagate, logger.level
+    yield
+    logger.handlers[:], logger.propagate = before[0], before[1]
+    logger.setLevel(before[2])
