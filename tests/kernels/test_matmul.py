@@ -14,6 +14,13 @@ from elute.types import Affine, PackedMatrix
 ISAS = _native.isas()
 
 
+def test_every_level_is_tested_here() -> None:
+    if "avx512" not in ISAS:
+        pytest.skip("this CPU lacks AVX-512 and libsimde-dev, which emulates it, is not installed")
+    assert ISAS == ["scalar", "avx2", "avx512"]
+    assert not _native.emulates_avx512 or _native.best_isa() == "avx2"
+
+
 def padded(planes: np.ndarray) -> np.ndarray:
     return np.concatenate([planes, np.full(64, 0xAB, np.uint8)])
 
