@@ -9,6 +9,7 @@ bits. KL is D(lossless import || quantized), nats a token, both run natively.
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from pathlib import Path
 
 BITS = (8, 6, 5, 4, 3, 2)
 GROUPS = (32, 64)
+SCHEMES = ("symmetric", "asymmetric")
 
 
 def evaluate(model: str, text: Path, windows: int, recipe: Path | None) -> dict[str, float]:
@@ -37,30 +39,25 @@ def main() -> None:
     given = parser.parse_args()
     lossless = evaluate(given.model, given.text, given.windows, None)["perplexity"]
     print(f"lossless import: perplexity {lossless:.4f}\n")
-    print("| bits | group | scheme | perplexity | against lossless | KL, nats |")
+    print("| scheme | bits | group | perplexity | against lossless | KL, nats |")
     print("|---|---|---|---|---|---|")
     rows = []
     with tempfile.TemporaryDirectory() as folder:
-        for bits in BITS:
-            for group_size in GROUPS:
-                for scheme in ("symmetric", "asymmetric"):
-                    settings = {"bits": bits, "group_size": group_size, "scheme": scheme}
-                    recipe = Path(folder) / f"{bits}-{group_size}-{scheme}.json"
-                    head = {"match": "*embed_tokens*", "bits": 8, "scheme": "keep"}
-                    recipe.write_text(json.dumps({**settings, "requantize": True, "rules": [head]}))
-                    found = evaluate(given.model, given.text, given.windows, recipe)
-                    row = {**settings, "perplexity": found["perplexity"], "kl": found["kl"]}
-                    rows.append(row)
-                    print(
-                        f"| {bits} | {group_size} | {scheme} | {row['perplexity']:.3f} "
-                        f"| {row['perplexity'] / lossless - 1:+.2%} | {row['kl']:.4f} |",
-                        flush=True,
-                    )
-    print(
-        json.dumps(
-            {"model": given.model, "windows": given.windows, "lossless": lossless, "rows": rows}
-        )
-    )
+        for scheme, bits, group_size in itertools.product(SCHEMES, BITS, GROUPS):
+            settings = {"bits": bits, "group_size": group_size, "scheme": scheme}
+            recipe = Path(folder) / f"{bits}-{group_size}-{scheme}.json"
+            head = {"match": "*embed_tokens*", "bits": 8, "scheme": "keep"}
+            recipe.write_text(json.dumps({**settings, "requantize": True, "rules": [head]}))
+            found = evaluate(given.model, given.text, given.windows, recipe)
+            row = {**settings, "perplexity": found["perplexity"], "kl": found["kl"]}
+            rows.append(row)
+            print(
+                f"| {scheme} | {bits} | {group_size} | {row['perplexity']:.3f} "
+                f"| {row['perplexity'] / lossless - 1:+.2%} | {row['kl']:.4f} |",
+                flush=True,
+            )
+    told = {"model": given.model, "windows": given.windows, "lossless": lossless, "rows": rows}
+    print(json.dumps(told))
 
 
 if __name__ == "__main__":
