@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import numpy as np
@@ -159,3 +160,21 @@ def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
     with pytest.raises(ShapeError, match="threads: found 0"):
         Executor(ops, source, n_threads=0)
     assert 1 <= default_threads() <= 512
+
+
+def test_weights_of_another_shape_than_the_op_list_says_are_refused(
+    made: Callable[..., Made],
+) -> None:
+    ops, weights, _ = made("qwen2")
+    layer = "model.layers.0."
+    bias, norm = f"{layer}self_attn.q_proj.bias", f"{layer}input_layernorm.weight"
+    for name in (*ops.matrices()[:2], bias, norm):
+        other = copy.copy(weights)
+        if name in ops.matrices():
+            n, k = weights.matrix(name).shape
+            short = quantize(np.ones((n - 1, k), np.float32), bits=4, group_size=k, symmetric=True)
+            other._packed = weights._packed | InMemory({name: short}, {})._packed
+        else:
+            other._vectors = weights._vectors | {name: weights.vector(name)[1:]}
+        with pytest.raises(ShapeError, match=f"{name} has shape"):
+            Executor(ops, other)

@@ -3,7 +3,7 @@ import json
 import pytest
 from tiny_folder import save_tiny_folder
 
-from elute.errors import FormatError, UnsupportedError
+from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
 from elute.quantize.recipe import Recipe
 from elute.runtime.store import choose_recipe, is_packed, open_packed
 
@@ -64,7 +64,26 @@ def test_an_unknown_architecture_is_refused_before_any_work(folder, tmp_path):
     (other / "config.json").write_text(json.dumps({**config, "model_type": "mamba"}))
     with pytest.raises(UnsupportedError, match="mamba"):
         open_packed(str(other), cache_dir=tmp_path / "cache")
-    assert not list((tmp_path / "cache" / "packed").iterdir())
+    assert not (tmp_path / "cache").exists()
+
+
+def test_tensors_and_tokenizers_that_do_not_fit_are_refused_before_any_work(tmp_path):
+    source, cache = save_tiny_folder(tmp_path / "model"), tmp_path / "cache"
+    good = (source / "config.json").read_text()
+    (source / "config.json").write_text(json.dumps({**json.loads(good), "vocab_size": 300}))
+    with pytest.raises(ShapeError, match=r"has shape \[288, 64\], and config.json wants \[300"):
+        open_packed(str(source), cache_dir=cache)
+    (source / "config.json").write_text(good)
+    (source / "tokenizer.json").write_text("{}")
+    with pytest.raises(FormatError, match=r"tokenizer\.json: Model missing"):
+        open_packed(str(source), cache_dir=cache)
+    assert not cache.exists()
+
+
+def test_a_cache_that_cannot_be_written_is_one_sentence(folder, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EluteError, match=r"cannot be written .*; choose another directory"):
+        open_packed(str(folder), cache_dir=tmp_path / "file")
 
 
 def test_a_path_that_leads_nowhere_is_refused(tmp_path):

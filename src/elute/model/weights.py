@@ -47,8 +47,13 @@ def check_weights(
                 f"{where}: found no tensor {name}, wanted one of shape {list(wanted)}; "
                 f"download the missing files or correct config.json"
             )
-        if tuple(found) != wanted:
-            raise ShapeError(
-                f"{where}: {name} has shape {list(found)}, and config.json wants {list(wanted)}; "
-                f"use the config.json that belongs to these weights"
-            )
+        check_shape(name, found, wanted, where=where)
+
+
+def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], *, where: str) -> None:
+    """Raises ShapeError unless the weight has the shape that the config says."""
+    if tuple(found) != wanted:
+        raise ShapeError(
+            f"{where}: {name} has shape {list(found)}, and config.json wants {list(wanted)}; "
+            f"use the config.json that belongs to these weights"
+        )

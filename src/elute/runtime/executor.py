@@ -21,6 +21,7 @@ from elute.model.ops import (
     RmsNorm,
     Rope,
 )
+from elute.model.weights import check_shape, weight_shapes
 from elute.types import F32, I32, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
@@ -117,6 +118,7 @@ class _Builder:
         self._native = native
         self._ops = ops
         self._weights = weights
+        self._shapes = weight_shapes(ops)
         self._registers = {
             name: native.add_register(width) for name, width in ops.registers.items()
         }
@@ -178,6 +180,7 @@ class _Builder:
     def _matrix(self, name: str) -> tuple[int, PackedMatrix]:
         if name not in self._matrices:
             packed = self._weights.matrix(name)
+            check_shape(name, packed.shape, self._shapes[name], where="weights")
             index = self._native.add_matrix(
                 packed.planes,
                 packed.scales,
@@ -191,17 +194,18 @@ class _Builder:
             self._matrices[name] = (index, packed)
         return self._matrices[name]
 
+    def _vector(self, name: str) -> F32:
+        values = self._weights.vector(name).astype(np.float32)
+        check_shape(name, values.shape, self._shapes[name], where="weights")
+        return values
+
     def _rms_norm(self, op: RmsNorm) -> None:
-        weight = self._weights.vector(op.weight).astype(np.float32) + np.float32(op.weight_offset)
-        width = self._ops.registers[op.input]
-        run = op.head_width or width
-        if weight.shape != (run,):
-            raise ShapeError(f"{op.weight}: found shape {list(weight.shape)}, wanted [{run}]")
+        weight = self._vector(op.weight) + np.float32(op.weight_offset)
         self._native.rms_norm(
             self._registers[op.input],
             self._registers[op.output],
             weight.tolist(),
-            width // run,
+            self._ops.registers[op.input] // weight.size,
             op.eps,
         )
 
@@ -210,9 +214,6 @@ class _Builder:
         by_order: dict[bytes, list[int]] = {}
         for i, name in enumerate(op.weights):
             _, packed = self._matrix(name)
-            width = (self._ops.registers[op.outputs[i]], self._ops.registers[op.input])
-            if packed.shape != width:
-                raise ShapeError(f"{name}: found shape {list(packed.shape)}, wanted {list(width)}")
             order = b"" if packed.columns is None else packed.columns.tobytes()
             by_order.setdefault(order, []).append(i)
         for members in by_order.values():
@@ -225,7 +226,7 @@ class _Builder:
             )
 
     def _bias(self, name: str | None) -> list[float]:
-        return [] if name is None else self._weights.vector(name).astype(np.float32).tolist()
+        return [] if name is None else self._vector(name).tolist()
 
 
 def _columns(packed: PackedMatrix) -> list[int]:

@@ -79,7 +79,6 @@ def open_packed(
     if is_packed(target):
         return PackedModel.open(target)
     log.info("%s: converting into %s", source.id, target)
-    target.parent.mkdir(parents=True, exist_ok=True)
     return pack_checkpoint(source.path, target, chosen, progress=progress)
 
 
@@ -98,13 +97,22 @@ def pack_checkpoint(
     force: bool = False,
     progress: Progress | None = None,
 ) -> PackedModel:
-    """Converts the tensors that the op list uses; refuses an unknown architecture at once."""
+    """Converts the tensors that the op list uses.
+
+    Refuses at once, not after minutes of work, an unknown architecture, tensors that do not fit
+    config.json, and a tokenizer that cannot be loaded.
+    """
     from elute.formats import open_checkpoint
+    from elute.formats.tokenizer import Tokenizer
     from elute.model.families import op_list
+    from elute.model.weights import check_weights
     from elute.pack.convert import convert
 
     checkpoint: Checkpoint = open_checkpoint(source)
     ops = op_list(checkpoint.config)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    check_weights(ops, shapes.get, where=checkpoint.source)
+    Tokenizer.from_files(checkpoint.tokenizer_files())
 
     def told(done: int, total: int, _tensor: str) -> None:
         if progress is not None:
