@@ -9,6 +9,11 @@ namespace {
 constexpr int kVectors = kPanel / kLanes;  // vectors of 32-bit lanes that hold a panel
 constexpr int kHalfVectors = kVectors / 2;
 
+constexpr int kCacheLine = 64;
+// How far ahead of its lookups a panel is fetched: beyond the page that the hardware's own prefetch stops at. Zen 3, out
+// of cache, 1 thread, share of the read bandwidth with and without: 4 bits 0.92 and 0.74, 8 bits 0.76 and 0.43.
+constexpr int kPrefetchBytes = 2048;
+
 constexpr int at_least_one(int x) { return x < 1 ? 1 : x; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 
@@ -113,6 +118,8 @@ void lut_matmul_bits(const MatrixView& w, const ActivationsView& x, int panel_be
     int left_in_group = w.group_size / kLutWidth;
     for (int block = 0; block < x.n_blocks; ++block) {
       const int block_quads = smaller(kBlockQuads, n_quads - block * kBlockQuads);
+      for (int at = 0; at < block_quads * kHalfPanel * Bits; at += kCacheLine)
+        prefetch(block_planes + kPrefetchBytes + at);
       const uint8_t* block_tables = x.tables + int64_t{block} * kBlockQuads * kTableBytes;
       const float act_scale = x.scales[block];
       for (int first = 0; first < block_quads; first += segments.quads) {
