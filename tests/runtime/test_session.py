@@ -171,6 +171,35 @@ def test_threads_cannot_run_the_executor_at_the_same_time():
     assert worst == 1
 
 
+def test_a_generation_that_begins_during_a_forward_of_another_thread_is_not_shifted():
+    inside, go_on = threading.Event(), threading.Event()
+
+    class Pausing(FakeExecutor):
+        def forward(self, tokens, position, *, all_logits=False):
+            logits = super().forward(tokens, position, all_logits=all_logits)
+            if position == 3 and not go_on.is_set():
+                inside.set()
+                go_on.wait(10)
+            return logits
+
+    def first():
+        with contextlib.suppress(UnsupportedError):
+            generate(session, [1, 2, 3], 5)
+
+    session = Session(Pausing())
+    threads = [threading.Thread(target=first)]
+    threads[0].start()
+    assert inside.wait(10)
+    answers = []
+    threads.append(threading.Thread(target=lambda: answers.append(generate(session, [1, 9], 4))))
+    threads[1].start()
+    threads[1].join(0.2)  # long enough to reach the lock that the first one holds
+    go_on.set()
+    for thread in threads:
+        thread.join(10)
+    assert answers == [generate(Session(FakeExecutor()), [1, 9], 4)]
+
+
 @pytest.mark.parametrize("rows", [1, 3, 100])
 def test_score_equals_one_forward_over_all_tokens(rows, monkeypatch):
     monkeypatch.setattr(session_module, "LOGITS_BYTES", 4 * VOCABULARY * rows)

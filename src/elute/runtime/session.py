@@ -48,17 +48,16 @@ class Session:
 
     def reset(self) -> None:
         """Forgets everything, so that the next prompt is computed from its first token."""
-        self._ticket += 1
-        self._history.clear()
+        self._begin(())
 
     def reusable(self, prompt: Sequence[int]) -> int:
         """How many first tokens of `prompt` are cached; never the last: its logits are wanted."""
         shared = 0
-        for held, token in zip(self._history, prompt, strict=False):
+        for held, token in zip(self._history, prompt[:-1], strict=False):
             if held != token:
                 break
             shared += 1
-        return min(shared, len(prompt) - 1)
+        return shared
 
     def check_prompt(self, prompt: Sequence[int]) -> None:
         """Raises ShapeError for no or unknown tokens, BudgetError for more than the context."""
@@ -105,10 +104,7 @@ class Session:
         on_prompt: Callable[[int, int], None] | None,
         cancelled: Callable[[], bool] | None,
     ) -> Generator[Choice]:
-        self._ticket += 1
-        ticket = self._ticket
-        position = self.reusable(prompt)
-        del self._history[position:]
+        ticket, position = self._begin(prompt)
         pending = prompt[position:]
         if on_prompt is not None:
             on_prompt(position, len(prompt))
@@ -129,6 +125,18 @@ class Session:
             if made == max_tokens or len(self._history) >= self.executor.context:
                 return
             pending = [choice.token]
+
+    def _begin(self, prompt: Sequence[int]) -> tuple[int, int]:
+        """Ends any other generation and keeps what `prompt` shares with the cache.
+
+        -> the ticket of the new one, the position where it begins
+        """
+        # A forward that runs in another thread must first write down what it computed.
+        with self._lock:
+            self._ticket += 1
+            position = self.reusable(prompt)
+            del self._history[position:]
+            return self._ticket, position
 
     def _extend(self, tokens: list[int], ticket: int, *, all_logits: bool = False) -> F32:
         with self._lock:
@@ -167,10 +175,7 @@ class Session:
         prefix; call reset() for a window on its own.
         """
         inputs = list(tokens[:-1])
-        self._ticket += 1
-        ticket = self._ticket
-        position = min(self.reusable(tokens), first)
-        del self._history[position:]
+        ticket, position = self._begin(tokens[: first + 1])
         for start in range(position, first, PROMPT_CHUNK):
             self._extend(inputs[start : min(start + PROMPT_CHUNK, first)], ticket)
         rows = max(1, min(PROMPT_CHUNK, LOGITS_BYTES // (4 * self.executor.vocabulary)))
