@@ -3,6 +3,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 from fakes import END, FakeExecutor, FakeTemplate, FakeTokenizer
 
@@ -126,6 +127,19 @@ def test_a_stream_that_is_open_at_close_ends_with_an_error():
     m.close()
     with pytest.raises(elute.UnsupportedError):
         list(chunks)
+
+
+@pytest.mark.parametrize("ids", [np.array([104, 105]), [np.int64(104), np.int32(105)], (104, 105)])
+def test_token_ids_may_be_numpys(ids):
+    assert model().prompt(ids) == [104, 105]
+
+
+@pytest.mark.parametrize(
+    "prompt", [[1, "a"], [None], [1.5], np.array([1.0]), {"role": "user"}, b"ab", None, 5]
+)
+def test_a_prompt_of_another_kind_is_refused(prompt):
+    with pytest.raises(elute.ShapeError, match=r"found .*, wanted text, token ids, or messages"):
+        model().generate(prompt)
 
 
 def test_a_prompt_beyond_the_context_is_refused():

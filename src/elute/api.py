@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import operator
+import reprlib
 from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, TypeGuard, Unpack
 
 from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
@@ -143,18 +145,19 @@ class Model:
         beginning-of-text token where the model wants one; of messages, through the chat
         template; tokens as they are.
 
-        Raises UnsupportedError for messages when the model has no chat template.
+        Raises UnsupportedError for messages when the model has no chat template, ShapeError for
+        anything else.
         """
         if isinstance(prompt, str):
             return self._tokenizer.encode(prompt, add_special=True, parse_special=True)
-        if not prompt or isinstance(prompt[0], int):
-            return [token for token in prompt if isinstance(token, int)]
+        if not _are_messages(prompt):
+            return _token_ids(prompt)
         if self._template is None:
             raise UnsupportedError(
                 f"{self.name}: found no chat template, wanted one for messages; pass the prompt as "
                 "text, or on the command line use --raw"
             )
-        text = self._template.render(prompt, add_generation_prompt=True)  # type: ignore[arg-type]
+        text = self._template.render(prompt, add_generation_prompt=True)
         # The template writes the beginning-of-text token itself.
         return self._tokenizer.encode(text, add_special=False, parse_special=True)
 
@@ -262,6 +265,23 @@ class Model:
         trace: TracebackType | None,
     ) -> None:
         self.close()
+
+
+def _are_messages(prompt: Sequence[int] | Sequence[Message]) -> TypeGuard[Sequence[Message]]:
+    return isinstance(prompt, Sequence) and any(isinstance(entry, Mapping) for entry in prompt)
+
+
+def _token_ids(tokens: object) -> list[int]:
+    """Of Python's integers or numpy's. Raises ShapeError for anything else."""
+    try:
+        if isinstance(tokens, bytes | Mapping):  # both would give integers or nothing
+            raise TypeError
+        return [operator.index(token) for token in tokens]  # type: ignore[attr-defined]
+    except TypeError:
+        raise ShapeError(
+            f"prompt: found {reprlib.repr(tokens)}, wanted text, token ids, or messages such as "
+            '[{"role": "user", "content": "..."}]'
+        ) from None
 
 
 def text_tokens(tokenizer: Tokenizer, text: str) -> tuple[list[int], int | None]:
