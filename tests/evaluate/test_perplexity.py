@@ -96,6 +96,14 @@ def test_divergence_sees_another_model():
     assert result.same_top == 1
 
 
+def test_divergence_tells_the_perplexity_of_the_model_without_another_forward():
+    windows = text_windows(TOKENS, context=32)
+    executor = FakeExecutor()
+    result = divergence(FakeExecutor(), executor, windows)
+    assert result.perplexity == perplexity(FakeExecutor(), windows)
+    assert sum(n for _, n in executor.calls) == len(windows) * 31
+
+
 def test_divergence_needs_one_vocabulary():
     with pytest.raises(ShapeError, match="found 300 and 257"):
         divergence(FakeExecutor(), FakeExecutor(vocabulary=300), [])

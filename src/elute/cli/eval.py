@@ -55,34 +55,38 @@ def command(
     with Screen(quiet=quiet) as screen:
         executor, tokens, bos = _subject(model, text_path, screen, reference, context, given)
         cut = text_windows(tokens, context=context, n_windows=windows, bos=bos)
-        result = perplexity(
-            executor, cut, progress=lambda done, total: screen("perplexity", done, total)
-        )
-        told: dict[str, Any] = {
-            "model": model,
-            "reference": reference,
-            "text": text_path.name,
-            "context": context,
-            "windows": result.n_windows,
-            "tokens_scored": result.n_scored,
-            "perplexity": round(result.perplexity, 4),
-            "standard_error": round(result.standard_error, 4),
-        }
-        if against is not None:
+        distance = None
+        if against is None:
+            result = perplexity(
+                executor, cut, progress=lambda done, total: screen("perplexity", done, total)
+            )
+        else:
             plain = {**given, "bits": None, "recipe": None}
             base, base_tokens, _ = _subject(against, text_path, screen, reference, context, plain)
             _check_same_tokens(tokens, base_tokens, against)
             distance = divergence(
                 base, executor, cut, progress=lambda done, total: screen("kl", done, total)
             )
-            told |= {
-                "against": against,
-                "kl": round(distance.mean, 6),
-                "kl_median": round(distance.median, 6),
-                "kl_99": round(distance.percentile_99, 6),
-                "kl_max": round(distance.maximum, 6),
-                "same_top": round(distance.same_top, 5),
-            }
+            result = distance.perplexity
+    told: dict[str, Any] = {
+        "model": model,
+        "reference": reference,
+        "text": text_path.name,
+        "context": context,
+        "windows": result.n_windows,
+        "tokens_scored": result.n_scored,
+        "perplexity": round(result.perplexity, 4),
+        "standard_error": round(result.standard_error, 4),
+    }
+    if distance is not None:
+        told |= {
+            "against": against,
+            "kl": round(distance.mean, 6),
+            "kl_median": round(distance.median, 6),
+            "kl_99": round(distance.percentile_99, 6),
+            "kl_max": round(distance.maximum, 6),
+            "same_top": round(distance.same_top, 5),
+        }
     if as_json:
         answer_json(told)
         return
@@ -90,7 +94,7 @@ def command(
         f"perplexity {told['perplexity']:.4f} ± {told['standard_error']:.4f} "
         f"({told['windows']} windows of {context}, {told['tokens_scored']} tokens scored)"
     )
-    if against is not None:
+    if distance is not None:
         click.echo(
             f"kl to {against} {told['kl']:.4f}, median {told['kl_median']:.4f}, 99 % "
             f"{told['kl_99']:.4f}; same best token {100 * told['same_top']:.1f} %"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elute.errors import ShapeError
-from elute.evaluate.perplexity import check_window
+from elute.evaluate.perplexity import Perplexity, check_window, losses_at, of_losses
 from elute.runtime.sampler import F64
 from elute.runtime.session import Executor, Session
 from elute.types import F32
@@ -18,7 +18,10 @@ ROWS = 32  # f64 work of 32 rows of a 150k vocabulary: 38 MB
 
 @dataclass(frozen=True)
 class Divergence:
-    """D(base || model) in nats over the scored positions of evaluate.perplexity."""
+    """D(base || model) in nats over the scored positions of evaluate.perplexity.
+
+    perplexity  of the model, from the same logits
+    """
 
     mean: float
     median: float
@@ -26,6 +29,7 @@ class Divergence:
     maximum: float
     same_top: float  # share of positions where both find the same token most probable
     n_scored: int
+    perplexity: Perplexity
 
 
 def divergence(
@@ -42,14 +46,15 @@ def divergence(
             "compare models with the same tokenizer"
         )
     sessions = Session(base), Session(model)
-    values, tops = [], []
+    values, tops, losses = [], [], []
     for done, window in enumerate(windows, start=1):
         for session in sessions:
             check_window(session.executor, window)
             session.reset()
         first = len(window) // 2
         in_step = zip(*(session.logits(window, first) for session in sessions), strict=True)
-        for (_, wanted), (_, found) in in_step:
+        for (_, wanted), (at_first, found) in in_step:
+            losses.append(losses_at(window, at_first, found))
             for at in range(0, len(wanted), ROWS):
                 values.append(kl_rows(wanted[at : at + ROWS], found[at : at + ROWS]))
             tops.append(wanted.argmax(axis=1) == found.argmax(axis=1))
@@ -63,6 +68,7 @@ def divergence(
         maximum=float(kl.max()),
         same_top=float(np.concatenate(tops).mean()),
         n_scored=kl.size,
+        perplexity=of_losses(np.concatenate(losses), len(windows)),
     )
 
 

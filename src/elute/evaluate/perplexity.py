@@ -9,14 +9,15 @@ puts a beginning-of-text token, every window begins with it. Source: tools/perpl
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
 from elute.errors import BudgetError, ShapeError
-from elute.runtime.sampler import log_softmax_at
+from elute.runtime.sampler import F64, log_softmax_at
 from elute.runtime.session import Executor, Session
+from elute.types import F32
 
 MIN_CONTEXT = 4  # the least with a prediction to score
 
@@ -61,31 +62,30 @@ def perplexity(
     progress: Callable[[int, int], None] | None = None,
 ) -> Perplexity:
     """progress: called with (windows done, windows in all). Raises as check_window does."""
-    parts = []
-    for done, losses in enumerate(_losses(executor, windows), start=1):
-        parts.append(losses)
-        if progress is not None:
-            progress(done, len(windows))
-    losses = np.concatenate(parts)
-    n = losses.size
-    mean = float(losses.mean())
-    error = float(losses.std()) / math.sqrt(n - 1) if n > 1 else math.inf
-    value = math.exp(mean)
-    return Perplexity(value, value * error, len(windows), n)
-
-
-def _losses(executor: Executor, windows: Sequence[Sequence[int]]) -> Iterator[np.ndarray]:
     session = Session(executor)
-    for window in windows:
+    losses = []
+    for done, window in enumerate(windows, start=1):
         check_window(executor, window)
         session.reset()
-        targets = np.asarray(window, np.int64)
-        yield np.concatenate(
-            [
-                -log_softmax_at(logits, targets[first + 1 : first + 1 + len(logits)])
-                for first, logits in session.logits(window, len(window) // 2)
-            ]
-        )
+        for first, logits in session.logits(window, len(window) // 2):
+            losses.append(losses_at(window, first, logits))
+        if progress is not None:
+            progress(done, len(windows))
+    return of_losses(np.concatenate(losses), len(windows))
+
+
+def losses_at(window: Sequence[int], first: int, logits: F32) -> F64:
+    """logits f32 [M, vocabulary] at positions first .. -> f64 [M], -log p of what came next."""
+    targets = np.asarray(window[first + 1 : first + 1 + len(logits)], np.int64)
+    return -log_softmax_at(logits, targets)
+
+
+def of_losses(losses: F64, n_windows: int) -> Perplexity:
+    """losses f64 [n_scored], of n_windows windows"""
+    n = losses.size
+    error = float(losses.std()) / math.sqrt(n - 1) if n > 1 else math.inf
+    value = math.exp(float(losses.mean()))
+    return Perplexity(value, value * error, n_windows, n)
 
 
 def check_window(executor: Executor, window: Sequence[int]) -> None:
