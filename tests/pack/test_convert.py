@@ -204,9 +204,12 @@ def test_what_is_not_a_packed_model_is_never_replaced(tmp_path: Path) -> None:
     precious.mkdir()
     (precious / "diary").write_text("dear")
     (tmp_path / "file").write_text("")
+    (tmp_path / "loop").symlink_to("loop")
     for out, says in [
         (precious, "something other than a packed model"),
         (tmp_path / "file", "is a file"),
+        (tmp_path / "loop", "is a symbolic link to itself; choose another name"),
+        (tmp_path / ("n" * 300), r"cannot be written \(File name too long\)"),
     ]:
         with pytest.raises(EluteError, match=says):
             convert(small_checkpoint(), out, Recipe.default(), force=True)

@@ -154,10 +154,12 @@ def test_files_that_cannot_be_read_are_refused(tmp_path: Path) -> None:
     (tmp_path / "r.yaml").write_text("bits: 4")
     (tmp_path / "bad.toml").write_text("bits = = 4")
     (tmp_path / "latin.toml").write_bytes(b"match = '\xe9'")
+    (tmp_path / "deep.toml").write_text("a = " + "[" * 100_000)
     for name, says in [
         ("none.json", r"cannot be read \(No such file"),
         ("r.yaml", r"ends in .json or .toml, found '.yaml'"),
         ("bad.toml", r"found invalid TOML"),
+        ("deep.toml", r"found TOML nested too deeply"),
         ("latin.toml", r"byte 9 is not UTF-8"),
     ]:
         with pytest.raises(FormatError, match=says):

@@ -72,6 +72,8 @@ def application(ctx: click.Context, version: bool) -> None:
     "default", a small model for a first try. The answer goes to stdout, everything else to stderr.
     """
     _speak_utf8()
+    # The hub client's warnings of each retry; when all fail, its error becomes ours.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logger = logging.getLogger("elute")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
         logger.addHandler(_Stderr(logging.WARNING))

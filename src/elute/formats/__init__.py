@@ -22,7 +22,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.is_dir():
         return _open_folder(path)
     if not path.exists():
-        raise FormatError(f"{path}: no such file or folder")
+        raise FormatError(f"{path}: no such file or folder; check the path")
+    if not path.is_file():  # opening a pipe would wait for its writer
+        raise FormatError(f"{path}: is neither a file nor a folder; name a file")
     if path.suffix == ".safetensors":
         raise UnsupportedError(
             f"{path}: a safetensors file alone lacks config and tokenizer; name its folder "

@@ -146,9 +146,8 @@ def _map(path: Path) -> U8:
             raise FormatError(f"{path}: found an empty file, wanted a GGUF file; {AGAIN}")
         return np.asarray(np.memmap(path, np.uint8, mode="r"))
     except (OSError, ValueError) as error:  # ValueError: a null byte in the path
-        raise FormatError(
-            f"{path}: found {error}, wanted a readable GGUF file; check the path"
-        ) from error
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(f"{path}: cannot be read ({reason}); check the path") from error
 
 
 def _matched(

@@ -82,8 +82,11 @@ class PackedModel:
     def verify(self) -> None:
         """Hashes every file. Raises FormatError at the first that differs from the manifest."""
         for name, record in self.files.items():
-            with (self.path / name).open("rb") as file:
-                found = hashlib.file_digest(file, "sha256").hexdigest()
+            try:
+                with (self.path / name).open("rb") as file:
+                    found = hashlib.file_digest(file, "sha256").hexdigest()
+            except OSError as error:
+                raise _unreadable(self.path / name, error) from None
             if found != record.sha256:
                 raise FormatError(
                     f"{self.path / name}: sha256 is {found}, wanted {record.sha256}; {_CONVERT}"
@@ -186,9 +189,7 @@ def _file_records(value: Any, path: Path, *, where: str) -> dict[str, FileRecord
         try:
             found = (path / name).stat().st_size
         except OSError as error:
-            raise FormatError(
-                f"{path / name}: cannot be read ({error.strerror}); {_CONVERT}"
-            ) from None
+            raise _unreadable(path / name, error) from None
         if found != wanted:
             raise FormatError(f"{path / name}: found {found} bytes, wanted {wanted}; {_CONVERT}")
         records[name] = FileRecord(size=wanted, sha256=sha256)
@@ -211,11 +212,15 @@ def _is_permutation(columns: I32) -> bool:
     return bool(np.array_equal(np.sort(columns), np.arange(columns.size)))
 
 
+def _unreadable(path: Path, error: OSError) -> FormatError:
+    return FormatError(f"{path}: cannot be read ({error.strerror}); {_CONVERT}")
+
+
 def _text(path: Path) -> str:
     try:
         return path.read_bytes().decode()
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror}); {_CONVERT}") from None
+        raise _unreadable(path, error) from None
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: byte {error.start} is not UTF-8; {_CONVERT}") from None
 

