@@ -2,6 +2,7 @@ import json
 
 import pytest
 from click.testing import CliRunner
+from fakes import FakeExecutor
 
 from elute import cli
 
@@ -83,6 +84,28 @@ def test_run_stops_at_max_tokens_and_at_stop_strings(run, fake_load):
     assert run("run", "m", "x", "--stop", "the", "--stop", "zzz")[1] == "hello \n"
 
 
+def test_an_answer_that_a_limit_cut_says_so(run, fake_load):
+    assert "cut at" not in run("run", "m", "x")[2]
+    err = run("run", "m", "x", "--max-tokens", "4")[2]
+    assert err.startswith("the answer was cut at --max-tokens 4\nprompt ")
+    fake_load.context = 20
+    err = run("run", "--raw", "m", "x" * 16)[2]
+    assert err.startswith("the answer was cut at the end of the context, 20 tokens\nprompt ")
+
+
+def test_run_ends_an_endless_answer(run, fake_load, monkeypatch):
+    monkeypatch.setattr(FakeExecutor, "_next_of_script", lambda _: ord("a"))
+    fake_load.context = 8192
+    _, out, err = run("run", "m", "x")
+    assert len(out) == 2049
+    assert "cut at --max-tokens 2048" in err
+
+
+def test_a_prompt_may_be_longer_than_any_file_name(run, fake_load):
+    fake_load.context = 20_000
+    assert run("run", "why? " * 2000)[:2] == (0, "hello there\n")
+
+
 def test_run_json_is_one_object_and_no_stream(run, fake_load):
     code, out, err = run("run", "--json", "-q", "--logprobs", "2", "--seed", "7", "m", "x")
     assert (code, err) == (0, "")
@@ -110,6 +133,7 @@ def test_run_json_is_one_object_and_no_stream(run, fake_load):
     [
         (["run"], "found 0 arguments, wanted [MODEL] PROMPT"),
         (["run", "default"], "found the model default but no PROMPT"),
+        (["run", ""], "found an empty PROMPT"),
         (["run", "m", "Why", "is"], "is the prompt in quotes?"),
         (["run", "--logprobs", "2", "m", "x"], "--logprobs needs --json"),
         (["run", "--raw", "--system", "s", "m", "x"], "--system needs the chat template"),

@@ -49,8 +49,17 @@ load_options = _all(
     click.option("--isa", help="Instruction set to use instead of the best one; see doctor."),
 )
 
+# Longer than an answer with its reasoning; a small model that repeats itself never ends by itself.
+MAX_TOKENS = 2048
+
 sampling_options = _all(
-    click.option("--max-tokens", type=click.IntRange(0), help="Longest answer."),
+    click.option(
+        "--max-tokens",
+        type=click.IntRange(0),
+        default=MAX_TOKENS,
+        show_default=True,
+        help="Longest answer.",
+    ),
     click.option("--stop", multiple=True, metavar="TEXT", help="End before this; repeatable."),
     click.option("--temperature", type=float, help="0 is greedy."),
     click.option("--top-k", type=int, help="Keep the K most probable tokens; 0 keeps all."),

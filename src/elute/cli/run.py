@@ -45,6 +45,8 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
         raise click.UsageError("--system needs the chat template, which --raw leaves out")
     if text == "-":
         text = _read_stdin()
+    if not text:
+        raise click.UsageError("found an empty PROMPT, wanted some text")
     with Screen(quiet=given["quiet"]) as screen:
         started = time.perf_counter()
         with options.load_model(name, screen, given) as model:
@@ -71,12 +73,19 @@ def _split(arguments: tuple[str, ...]) -> tuple[str, str]:
     if len(arguments) == 2:
         return arguments[0], arguments[1]
     if len(arguments) == 1:
-        if arguments[0] == "default" or Path(arguments[0]).exists():
+        if _names_a_model(arguments[0]):
             raise click.UsageError(f"found the model {arguments[0]} but no PROMPT; - reads stdin")
         return "default", arguments[0]
     raise click.UsageError(
         f"found {len(arguments)} arguments, wanted [MODEL] PROMPT; is the prompt in quotes?"
     )
+
+
+def _names_a_model(text: str) -> bool:
+    try:
+        return text == "default" or (text != "" and Path(text).exists())
+    except OSError:  # longer than any name of a file: a prompt
+        return False
 
 
 def _read_stdin() -> str:
@@ -93,7 +102,10 @@ def _read_stdin() -> str:
 def answer(
     model: Model, prompt: Any, given: dict[str, Any], *, screen: Any, show: bool
 ) -> Completion:
-    """Generates; Ctrl-C ends the answer. show: stream it to stdout, with a newline at its end."""
+    """Generates; Ctrl-C ends the answer. show: stream it to stdout, with a newline at its end.
+
+    Says so when a limit cut the answer.
+    """
     from elute.cli.interrupts import Interrupts
     from elute.runtime.engine import join
 
@@ -115,7 +127,13 @@ def answer(
     if show:
         sys.stdout.write("\n")
         sys.stdout.flush()
-    return join(chunks)
+    done = join(chunks)
+    if done.finish_reason == "length":
+        limit = given["max_tokens"]
+        full = len(done.tokens) < limit
+        at = f"the end of the context, {model.context} tokens" if full else f"--max-tokens {limit}"
+        screen.note(f"the answer was cut at {at}")
+    return done
 
 
 def _print_json(model: Model, done: Completion, load_s: float) -> None:
