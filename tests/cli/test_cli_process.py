@@ -58,6 +58,14 @@ def test_a_reader_that_leaves_is_no_error(elute_process):
     assert process.stderr.read() == ""
 
 
+@posix_only
+def test_closed_streams_are_no_error(elute_process):
+    closed = {"preexec_fn": lambda: [os.close(stream) for stream in (0, 1)]}
+    process = elute_process("run", "-q", "default", "x", "--max-tokens", "3", **closed)
+    assert process.wait(timeout=10) == 0
+    assert process.stderr.read() == ""
+
+
 def test_an_unexpected_error_is_one_line(elute_process, monkeypatch):
     process = elute_process("run", "broken", "x")
     out, err = process.communicate(timeout=10)

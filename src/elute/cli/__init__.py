@@ -26,6 +26,7 @@ def _run(arguments: Sequence[str] | None) -> int:
     from elute.cli.application import application
     from elute.errors import EluteError
 
+    _open_closed_streams()
     try:
         code = application.main(
             args=None if arguments is None else list(arguments),
@@ -51,6 +52,13 @@ def _run(arguments: Sequence[str] | None) -> int:
             err=True,
         )
         return EXIT_ERROR
+
+
+def _open_closed_streams() -> None:
+    """After `>&-` Python has None in place of a stream; here one that holds nothing."""
+    for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, mode))  # noqa: SIM115 (open to the end)
 
 
 def _one_line(error: BaseException) -> str:
