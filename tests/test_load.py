@@ -99,6 +99,15 @@ def test_a_model_without_a_template_loads_and_does_not_chat(tmp_path):
             model.chat("the")
 
 
+def test_a_broken_template_stops_chats_and_nothing_else(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    (folder / "chat_template.jinja").write_text("{% for x in %}")
+    with elute.load(folder, cache_dir=tmp_path / "cache") as model:
+        assert model.generate("the", max_tokens=2).tokens
+        with pytest.raises(elute.FormatError, match=r"chat template, line 1: .* or use --raw"):
+            model.chat("the")
+
+
 def test_broken_files_are_one_sentence(tmp_path):
     folder = save_tiny_folder(tmp_path / "model")
     config = json.loads((folder / "config.json").read_text())

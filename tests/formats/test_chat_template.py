@@ -260,7 +260,7 @@ def test_template_of_the_wrong_type_is_refused() -> None:
 )
 def test_template_that_does_not_compile_is_refused(template: str, message: str) -> None:
     with pytest.raises(FormatError, match=message) as error:
-        ChatTemplate(template)
+        ChatTemplate(template).render([USER])
     assert "\n" not in str(error.value)
 
 

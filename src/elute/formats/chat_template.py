@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence
 from datetime import datetime
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
@@ -27,7 +27,7 @@ _REASONING_NAMES = ("reasoning_content", "thinking", "reasoning")
 
 
 class ChatTemplate:
-    """A compiled chat template; make it once, render it for every turn.
+    """A chat template, compiled when it is first rendered: text needs none, whatever its state.
 
     Bounds on a hostile template: no attribute beginning with an underscore, no mutation of what it
     is given, range() up to 100,000 (jinja2's sandbox), MAX_TEMPLATE_CHARS of source,
@@ -40,10 +40,8 @@ class ChatTemplate:
     def __init__(self, template: str, special_tokens: Mapping[str, str] | None = None) -> None:
         """special_tokens: variables that the template may use, {"bos_token": "<s>", ...}.
 
-        Raises FormatError for a template that does not compile.
+        Raises FormatError for a template that is too long.
         """
-        from jinja2.exceptions import TemplateError
-
         if len(template) > MAX_TEMPLATE_CHARS:
             raise FormatError(
                 f"chat template: {len(template)} characters, wanted at most {MAX_TEMPLATE_CHARS}; "
@@ -51,8 +49,13 @@ class ChatTemplate:
             )
         self.source = template
         self._special_tokens = dict(special_tokens or {})
+
+    @cached_property
+    def _template(self) -> Template:
+        from jinja2.exceptions import TemplateError
+
         try:
-            self._template: Template = _environment().from_string(template)
+            return _environment().from_string(self.source)
         except (TemplateError, RecursionError, MemoryError, SyntaxError, OverflowError) as error:
             line = getattr(error, "lineno", None)
             where = f"chat template, line {line}" if line else "chat template"
@@ -93,7 +96,8 @@ class ChatTemplate:
         variables   further names for the template (enable_thinking=False, ...); they win over the
                     special tokens
 
-        Raises ShapeError for messages that are not a list of maps; EluteError with the template's
+        Raises FormatError for a template that does not compile, ShapeError for messages that are
+        not a list of maps; EluteError with the template's
         own words when it refuses the conversation, and for anything else that goes wrong in it.
         """
         from jinja2.exceptions import TemplateError
