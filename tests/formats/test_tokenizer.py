@@ -265,6 +265,7 @@ def test_special_token_that_the_vocabulary_lacks_is_refused(key: str, value: Any
     ("config", "message"),
     [
         ({"bos_token": 3}, "bos_token is 3, wanted a token's text"),
+        ({"bos_token": "\ud800"}, r"bos_token is '.ud800', wanted a token's text"),
         ({"extra_special_tokens": 3}, "extra_special_tokens is 3, wanted a list"),
         (
             {"added_tokens_decoder": {"480": {"content": "<think>", "lstrip": 1}}},

@@ -33,7 +33,9 @@ def open_checkpoint(path: Path) -> Checkpoint:
     if path.name == "config.json":
         raise UnsupportedError(f"{path}: name the folder {path.parent} instead")
     if path.suffix != ".gguf" and not _is_gguf(path):
-        raise FormatError(f"{path}: wanted a .gguf file or a Hugging Face model folder")
+        raise FormatError(
+            f"{path}: wanted a .gguf file or a Hugging Face model folder; name one of them"
+        )
     from elute.formats.gguf import open_gguf
 
     return open_gguf(path)
@@ -45,7 +47,9 @@ def _is_gguf(path: Path) -> bool:
         with path.open("rb") as file:
             return file.read(len(GGUF_MAGIC)) == GGUF_MAGIC
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); check that it may be read"
+        ) from None
 
 
 def _open_folder(path: Path) -> Checkpoint:
@@ -69,7 +73,7 @@ def _open_folder(path: Path) -> Checkpoint:
         if any(name.endswith(".qweight") for name in folder.names()):
             raise FormatError(
                 f"{path}: found packed tensors (.qweight) and no quantization_config in "
-                f"config.json, wanted one that names the format"
+                f"config.json, wanted one that names the format; fetch config.json again"
             )
         return folder
     if method == "gptq":

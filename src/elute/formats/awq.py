@@ -59,7 +59,9 @@ class AwqFolder(PackedFolder):
             )
         bits = config_int(folder, "bits", "w_bit")
         if bits != AWQ_BITS:
-            raise UnsupportedError(f"{folder.source}: found AWQ of {bits} bits, wanted 4")
+            raise UnsupportedError(
+                f"{folder.source}: found AWQ of {bits} bits, wanted 4; use another checkpoint"
+            )
         group_size = check_group_size(folder, config_int(folder, "group_size", "q_group_size"))
         return cls(folder=folder, bits=bits, group_size=group_size, modules=packed_modules(folder))
 
@@ -74,6 +76,7 @@ class AwqFolder(PackedFolder):
         if k % group_size:
             raise FormatError(
                 f"{self._where(module)}: K={k} is not a multiple of group_size={group_size}"
+                "; fetch the checkpoint again"
             )
         n_groups = k // group_size
         zero_words = self._words(f"{module}.qzeros")

@@ -58,23 +58,25 @@ class BitnetFolder:
             raise UnsupportedError(
                 f"{folder.source}: found BitNet linear_class {linear_class!r} and "
                 f"quantization_mode {mode!r}, wanted bitlinear or autobitlinear, offline or online"
+                "; use another checkpoint"
             )
         if quantization.get("use_rms_norm"):
             raise UnsupportedError(
                 f"{folder.source}: found use_rms_norm in quantization_config, and elute has no "
-                f"norm inside a linear layer"
+                f"norm inside a linear layer; use another checkpoint"
             )
         online = mode == "online" and linear_class == "autobitlinear"
         skipped = quantization.get("modules_to_not_convert") or []
         if not isinstance(skipped, list) or not all(isinstance(s, str) for s in skipped):
             raise FormatError(
                 f"{folder.source}: modules_to_not_convert is {skipped!r}, wanted a list of names"
+                "; correct config.json"
             )
         modules = _online_modules(folder, skipped) if online else _scaled_modules(folder)
         if not modules:
             raise FormatError(
                 f"{folder.source}: quantization_config says bitnet, and no tensor is a ternary "
-                f"weight with a weight_scale"
+                f"weight with a weight_scale; correct config.json"
             )
         return cls(
             folder=folder,
@@ -111,6 +113,7 @@ class BitnetFolder:
         if stored.ndim != 2:
             raise FormatError(
                 f"{self.source}: {name} has shape {list(stored.shape)}, wanted two dimensions"
+                "; fetch the checkpoint again"
             )
         if self.online:
             return _quantize_online(stored, where=f"{self.source}: {name}")
@@ -121,6 +124,7 @@ class BitnetFolder:
                 row, column = np.argwhere(codes == 3)[0].tolist()
                 raise FormatError(
                     f"{self.source}: {name} holds the code 3 at [{row}, {column}], wanted 0 to 2"
+                    "; fetch the checkpoint again"
                 )
         else:
             codes = _spelled_codes(stored, where=f"{self.source}: {name}")
@@ -139,10 +143,14 @@ class BitnetFolder:
         if values.size != 1 or not is_float(values.dtype):
             raise FormatError(
                 f"{self.source}: {name} is {values.dtype} {list(values.shape)}, wanted one float"
+                "; fetch the checkpoint again"
             )
         scale = np.float32(values.reshape(())[()])
         if not np.isfinite(scale) or scale == 0:
-            raise FormatError(f"{self.source}: {name} is {scale}, wanted a finite scale, not zero")
+            raise FormatError(
+                f"{self.source}: {name} is {scale}, wanted a finite scale, not zero"
+                "; fetch the checkpoint again"
+            )
         return np.float32(1) / scale if self.scale_divides else scale
 
 
@@ -152,11 +160,16 @@ def _scaled_modules(folder: HfFolder) -> frozenset[str]:
     for name in sorted(names):
         module = name.removesuffix(".weight")
         if folder.entry(name).dtype == "U8" and module not in scaled:
-            raise FormatError(f"{folder.source}: {name} is packed and has no weight_scale")
+            raise FormatError(
+                f"{folder.source}: {name} is packed and has no weight_scale"
+                "; fetch the checkpoint again"
+            )
         if name.endswith(SCALE_SUFFIX):
             weight = name.removesuffix("_scale")
             if weight not in names:
-                raise FormatError(f"{folder.source}: found {name} and no {weight}")
+                raise FormatError(
+                    f"{folder.source}: found {name} and no {weight}; fetch the checkpoint again"
+                )
     return frozenset(scaled)
 
 
@@ -210,12 +223,15 @@ def _spelled_codes(stored: npt.NDArray[Any], *, where: str) -> U8:
 def _quantize_online(stored: npt.NDArray[Any], *, where: str) -> QuantizedMatrix:
     """What transformers computes in each forward pass, done once."""
     if not is_float(stored.dtype):
-        raise FormatError(f"{where} is {stored.dtype}, wanted master weights in floats")
+        raise FormatError(
+            f"{where} is {stored.dtype}, wanted master weights in floats"
+            "; fetch the checkpoint again"
+        )
     weights = stored.astype(np.float32)
     # In f64: the order of summation must not decide between two codes.
     mean = np.float32(max(np.abs(weights).mean(dtype=np.float64), MIN_MEAN))
     if not np.isfinite(mean):
-        raise FormatError(f"{where} holds values that are not finite")
+        raise FormatError(f"{where} holds values that are not finite; fetch the checkpoint again")
     per_unit = np.float32(1) / mean
     codes = np.clip(np.rint(weights * per_unit), -1, 1) + np.float32(TERNARY_ZERO)
     # transformers rounds the dequantized weights to the dtype of the master weights.

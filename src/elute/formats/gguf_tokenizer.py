@@ -125,6 +125,7 @@ def _tokens(keys: TokenizerKeys) -> list[str]:
         if (first := seen.setdefault(token, i)) != i:
             raise FormatError(
                 f"GGUF {key}: {token!r} is both {first} and {i}, wanted distinct tokens"
+                "; convert the model again"
             )
     return tokens
 
@@ -137,7 +138,10 @@ def _types(keys: TokenizerKeys, n_tokens: int) -> list[TokenType]:
     known = {int(kind): kind for kind in TokenType}
     for i, kind in enumerate(types):
         if kind not in known:
-            raise FormatError(f"GGUF {key}: entry {i} is {kind}, wanted 1 to {max(known)}")
+            raise FormatError(
+                f"GGUF {key}: entry {i} is {kind}, wanted 1 to {max(known)}"
+                "; convert the model again"
+            )
     return [known[kind] for kind in types]
 
 
@@ -185,7 +189,10 @@ def _sentencepiece_spec(
         scores = keys.array(key, (float, int), "numbers", len(tokens))
         for i, score in enumerate(scores):
             if not math.isfinite(score):
-                raise FormatError(f"GGUF {key}: entry {i} is {score}, wanted finite numbers")
+                raise FormatError(
+                    f"GGUF {key}: entry {i} is {score}, wanted finite numbers"
+                    "; convert the model again"
+                )
         if architecture in _MERGES_BY_POSITION:
             scores = [-i for i in range(len(tokens))]
         merges = _merges_from_scores(tokens, types, scores)

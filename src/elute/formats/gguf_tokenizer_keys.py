@@ -17,7 +17,9 @@ class TokenizerKeys:
     def text_or_none(self, key: str) -> str | None:
         value = self._metadata.get(key)
         if value is not None and not isinstance(value, str):
-            raise FormatError(f"GGUF {key}: found {_kind(value)}, wanted a string")
+            raise FormatError(
+                f"GGUF {key}: found {_kind(value)}, wanted a string; convert the model again"
+            )
         return value
 
     def text(self, key: str) -> str:
@@ -31,7 +33,9 @@ class TokenizerKeys:
         if hasattr(value, "item"):  # a numpy scalar
             value = value.item()
         if not isinstance(value, bool):
-            raise FormatError(f"GGUF {key}: found {value!r}, wanted true or false")
+            raise FormatError(
+                f"GGUF {key}: found {value!r}, wanted true or false; convert the model again"
+            )
         return value
 
     def adds(self, which: str, named: Mapping[str, str], *, default: bool) -> bool:
@@ -52,10 +56,16 @@ class TokenizerKeys:
         if hasattr(value, "tolist"):  # a numpy array
             value = value.tolist()
         if not isinstance(value, Sequence) or isinstance(value, str | bytes):
-            raise FormatError(f"GGUF {key}: found {_kind(value)}, wanted an array of {what}")
+            raise FormatError(
+                f"GGUF {key}: found {_kind(value)}, wanted an array of {what}"
+                "; convert the model again"
+            )
         for i, item in enumerate(value):
             if type(item) not in kinds:
-                raise FormatError(f"GGUF {key}: entry {i} is {_kind(item)}, wanted {what}")
+                raise FormatError(
+                    f"GGUF {key}: entry {i} is {_kind(item)}, wanted {what}"
+                    "; convert the model again"
+                )
         return list(value)
 
     def array(self, key: str, kinds: tuple[type, ...], what: str, n_tokens: int) -> list[Any]:
@@ -66,6 +76,7 @@ class TokenizerKeys:
         if len(value) != n_tokens:
             raise FormatError(
                 f"GGUF {key}: {len(value)} entries, wanted {n_tokens} like tokenizer.ggml.tokens"
+                "; convert the model again"
             )
         return value
 
@@ -76,7 +87,10 @@ class TokenizerKeys:
         if hasattr(value, "item"):
             value = value.item()
         if type(value) is not int or not 0 <= value < n_tokens:
-            raise FormatError(f"GGUF {key}: found {value!r}, wanted an id from 0 to {n_tokens - 1}")
+            raise FormatError(
+                f"GGUF {key}: found {value!r}, wanted an id from 0 to {n_tokens - 1}"
+                "; convert the model again"
+            )
         return value
 
 

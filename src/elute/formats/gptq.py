@@ -94,7 +94,7 @@ class PackedFolder(ABC):
         if words.dtype.kind not in "iu" or words.dtype.itemsize != 4 or words.ndim != 2:
             raise FormatError(
                 f"{self.folder.source}: {name} is {words.dtype} {list(words.shape)}, wanted i32 "
-                f"words in two dimensions"
+                f"words in two dimensions; fetch the checkpoint again"
             )
         return words.view(np.uint32)
 
@@ -103,7 +103,7 @@ class PackedFolder(ABC):
         if not is_float(scales.dtype) or scales.shape != (n_groups, n_outputs):
             raise FormatError(
                 f"{self._where(module)}: scales are {scales.dtype} {list(scales.shape)}, wanted "
-                f"floats [{n_groups}, {n_outputs}]"
+                f"floats [{n_groups}, {n_outputs}]; fetch the checkpoint again"
             )
         return finite_f16(scales, where=f"{self._where(module)}.scales")
 
@@ -111,6 +111,7 @@ class PackedFolder(ABC):
         if words.shape != shape:
             raise FormatError(
                 f"{self.folder.source}: {name} has shape {list(words.shape)}, wanted {list(shape)}"
+                "; fetch the checkpoint again"
             )
 
 
@@ -121,16 +122,20 @@ def packed_modules(folder: HfFolder) -> frozenset[str]:
     if not modules:
         raise FormatError(
             f"{folder.source}: quantization_config says {folder.quantization.get('quant_method')}, "
-            f"and no tensor ends in .qweight"
+            f"and no tensor ends in .qweight; correct config.json"
         )
     for module in sorted(modules):
         for suffix in (".qzeros", ".scales"):
             if module + suffix not in names:
-                raise FormatError(f"{folder.source}: {module} has a qweight and no {suffix[1:]}")
+                raise FormatError(
+                    f"{folder.source}: {module} has a qweight and no {suffix[1:]}"
+                    "; fetch the checkpoint again"
+                )
         shape = folder.shape(f"{module}.qweight")
         if len(shape) != 2 or 0 in shape:
             raise FormatError(
                 f"{folder.source}: {module}.qweight has shape {list(shape)}, wanted two sizes"
+                "; fetch the checkpoint again"
             )
     return modules
 
@@ -144,6 +149,7 @@ def config_int(folder: HfFolder, *keys: str) -> int:
     found = folder.quantization.get(keys[0])
     raise FormatError(
         f"{folder.source}: quantization_config has {keys[0]} {found!r}, wanted an integer"
+        "; correct config.json"
     )
 
 
@@ -151,7 +157,7 @@ def check_group_size(folder: HfFolder, group_size: int) -> int:
     if group_size != -1 and group_size < 1:
         raise FormatError(
             f"{folder.source}: quantization_config has group_size {group_size}, wanted -1 (the "
-            f"whole row) or a positive size"
+            f"whole row) or a positive size; correct config.json"
         )
     return group_size
 
@@ -164,6 +170,7 @@ def finite_f16(values: npt.NDArray[Any], *, where: str) -> F16:
         at = np.argwhere(~np.isfinite(rounded))[0].tolist()
         raise FormatError(
             f"{where}: found {float(values[tuple(at)])} at {at}, wanted finite values below 65504"
+            "; fetch the checkpoint again"
         )
     return rounded
 
@@ -227,7 +234,7 @@ class GptqFolder(PackedFolder):
         if bits not in GPTQ_BITS:
             raise UnsupportedError(
                 f"{folder.source}: found GPTQ of {bits} bits, wanted one of "
-                f"{', '.join(map(str, GPTQ_BITS))}"
+                f"{', '.join(map(str, GPTQ_BITS))}; use another checkpoint"
             )
         checkpoint_format = quantization.get("checkpoint_format") or quantization.get("format")
         if quantization.get("is_marlin_format"):
@@ -236,7 +243,7 @@ class GptqFolder(PackedFolder):
         if checkpoint_format not in FORMATS_MINUS_ONE:
             raise UnsupportedError(
                 f"{folder.source}: found the GPTQ checkpoint_format {checkpoint_format!r}, wanted "
-                f"one of {', '.join(FORMATS_MINUS_ONE)}"
+                f"one of {', '.join(FORMATS_MINUS_ONE)}; use another checkpoint"
             )
         return cls(
             folder=folder,
@@ -260,7 +267,7 @@ class GptqFolder(PackedFolder):
             if self.overrides:
                 raise UnsupportedError(
                     f"{self._where(module)}: quantization_config overrides the bits of some "
-                    f"modules, and this one has no g_idx to tell which"
+                    f"modules, and this one has no g_idx to tell which; use another checkpoint"
                 )
             return self.bits
         k = int(np.prod(self.folder.shape(g_idx)))
@@ -270,6 +277,7 @@ class GptqFolder(PackedFolder):
             raise FormatError(
                 f"{self._where(module)}: qweight has {rows} rows for the {k} channels of g_idx, "
                 f"wanted {k * self.bits // WORD_BITS} at {self.bits} bits"
+                "; fetch the checkpoint again"
             )
         return bits
 
@@ -286,11 +294,12 @@ class GptqFolder(PackedFolder):
         if group_size * n_groups != k or not (self.overrides or group_size == wanted):
             raise FormatError(
                 f"{where}: found {n_groups} groups for K={k}, wanted group_size={wanted} to "
-                f"divide K and give {-(-k // wanted)} groups"
+                f"divide K and give {-(-k // wanted)} groups; fetch the checkpoint again"
             )
         if (bits == 3 and rows % 3) or n * bits % WORD_BITS:
             raise FormatError(
                 f"{where}: N={n}, K={k} of {bits} bits do not fill whole 32-bit words"
+                "; use another checkpoint"
             )
         self._check_words(f"{module}.qzeros", zero_words, (n_groups, n * bits // WORD_BITS))
         scales = self._scales(module, n_groups, n)
@@ -342,13 +351,16 @@ class GptqFolder(PackedFolder):
         in_order = np.arange(n_groups, dtype=np.intp)
         if f"{module}.g_idx" not in self.folder.tensors:
             if self.act_order:
-                raise FormatError(f"{self._where(module)}: desc_act is true, and g_idx is missing")
+                raise FormatError(
+                    f"{self._where(module)}: desc_act is true, and g_idx is missing"
+                    "; fetch the checkpoint again"
+                )
             return in_order, None
         groups = self.folder.tensor(f"{module}.g_idx")
         if groups.shape != (k,) or groups.dtype.kind not in "iu":
             raise FormatError(
                 f"{self._where(module)}: g_idx is {groups.dtype} {list(groups.shape)}, wanted "
-                f"integers [{k}]"
+                f"integers [{k}]; fetch the checkpoint again"
             )
         if not self.act_order and not groups.any():
             return in_order, None  # AutoGPTQ leaves g_idx at zero where there is no act-order
@@ -356,7 +368,7 @@ class GptqFolder(PackedFolder):
         if out_of_range or (np.bincount(groups, minlength=n_groups) != group_size).any():
             raise FormatError(
                 f"{self._where(module)}: g_idx does not give each of the {n_groups} groups "
-                f"{group_size} channels"
+                f"{group_size} channels; fetch the checkpoint again"
             )
         blocks = groups.reshape(n_groups, group_size)
         if (blocks == blocks[:, :1]).all():

@@ -97,7 +97,7 @@ class HfFolder:
         if not isinstance(quantization, dict):
             raise FormatError(
                 f"{self.path / 'config.json'}: found a quantization_config that is a "
-                f"{type(quantization).__name__}, wanted an object"
+                f"{type(quantization).__name__}, wanted an object; correct config.json"
             )
         return quantization
 
@@ -153,16 +153,22 @@ def read_text(path: Path) -> str:
     try:
         return path.read_text(encoding="utf-8-sig")  # editors on Windows add a byte order mark
     except UnicodeDecodeError as error:
-        raise FormatError(f"{path}: found bytes that are not UTF-8 at {error.start}") from None
+        raise FormatError(
+            f"{path}: found bytes that are not UTF-8 at {error.start}; fetch the file again"
+        ) from None
     except OSError as error:
-        raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+        raise FormatError(
+            f"{path}: cannot be read ({error.strerror}); check that it may be read"
+        ) from None
 
 
 def read_json_object(path: Path) -> dict[str, Any]:
     """A file holding one JSON object. Raises FormatError for anything else."""
     value = parse_json(read_text(path), where=str(path), allow_nan=True)
     if not isinstance(value, dict):
-        raise FormatError(f"{path}: found a JSON {type(value).__name__}, wanted an object")
+        raise FormatError(
+            f"{path}: found a JSON {type(value).__name__}, wanted an object; fetch the file again"
+        )
     return value
 
 
@@ -180,13 +186,15 @@ def _stored_tensors(path: Path) -> dict[str, _StoredTensor]:
 def _sharded(path: Path, index_path: Path) -> dict[str, _StoredTensor]:
     weight_map = read_json_object(index_path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(f, str) for f in weight_map.values()):
-        raise FormatError(f"{index_path}: wanted a weight_map of tensor names to file names")
+        raise FormatError(
+            f"{index_path}: wanted a weight_map of tensor names to file names; fetch the file again"
+        )
     shard_names = sorted(set(weight_map.values()))
     for name in shard_names:
         if not _is_plain_name(name):
             raise FormatError(
                 f"{index_path}: found the shard name {name[:80]!r}, wanted a file name in this "
-                f"folder"
+                f"folder; fetch the file again"
             )
     missing = [name for name in shard_names if not (path / name).is_file()]
     if missing:
@@ -228,6 +236,7 @@ def _only_safetensors(path: Path) -> Path:
         raise FormatError(
             f"{path}: found {len(found)} safetensors files ({found[0].name}, ...) and no "
             f"{INDEX_NAME}, wanted the index that says which tensor lies where"
+            "; fetch the index too"
         )
     pickles = sorted({p.name for pattern in PICKLES for p in path.glob(pattern)})
     if pickles:
@@ -235,7 +244,9 @@ def _only_safetensors(path: Path) -> Path:
             f"{path}: found only pickled weights ({pickles[0]}), which can run code when read; "
             f"convert them to safetensors with transformers' save_pretrained"
         )
-    raise FormatError(f"{path}: found config.json and no weights, wanted model.safetensors")
+    raise FormatError(
+        f"{path}: found config.json and no weights, wanted model.safetensors; fetch the weights too"
+    )
 
 
 def _text_model(
@@ -327,7 +338,7 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
             if len(named) != len(template):
                 raise FormatError(
                     f"{path / where}: found a chat_template list with entries that are not unique "
-                    f"pairs of name and template"
+                    f"pairs of name and template; fetch the file again"
                 )
             template = named.get("default")
         if template is None:
@@ -335,7 +346,7 @@ def _chat_template(path: Path, tokenizer_config: Mapping[str, Any]) -> str | Non
         if not isinstance(template, str):
             raise FormatError(
                 f"{path / where}: found a chat_template that is a {type(template).__name__}, "
-                f"wanted a string"
+                f"wanted a string; fetch the file again"
             )
         return template
     return None

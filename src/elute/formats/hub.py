@@ -44,7 +44,10 @@ def fetch_file(
     from huggingface_hub import hf_hub_download
 
     if ".." in file.split("/"):
-        raise FormatError(f"{model}: found .. in the file name, wanted a file of the repository")
+        raise FormatError(
+            f"{model}: found .. in the file name, wanted a file of the repository"
+            "; name it without .."
+        )
     with _hub_errors(model, file):
         path = Path(
             hf_hub_download(
@@ -172,7 +175,7 @@ def _hub_errors(model: str, file: str | None) -> Iterator[None]:
             f"HF_TOKEN"
         ) from None
     except RevisionNotFoundError:
-        raise EluteError(f"{model}: the repository has no such revision") from None
+        raise EluteError(f"{model}: the repository has no such revision; check its name") from None
     except LocalEntryNotFoundError as error:
         cause = error.__cause__ or error.__context__
         reason = f" ({first_line(cause)})" if cause is not None else ""
@@ -188,7 +191,9 @@ def _hub_errors(model: str, file: str | None) -> Iterator[None]:
             f"or name a local path"
         ) from None
     except HFValidationError as error:
-        raise FormatError(f"{model}: is no repository name ({first_line(error)})") from None
+        raise FormatError(
+            f"{model}: is no repository name ({first_line(error)}); check the name"
+        ) from None
     except http_error as error:
         raise EluteError(
             f"{model}: the download broke off ({first_line(error)}); run the command again, files "

@@ -122,7 +122,10 @@ def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
     fields = mapping(value, where=where)
     shape = fields.get("shape")
     if not isinstance(shape, list) or len(shape) not in (1, 2):
-        raise FormatError(f"{where}: shape is {shape!r}, wanted a list of one or two sizes")
+        raise FormatError(
+            f"{where}: shape is {shape!r}, wanted a list of one or two sizes"
+            "; convert the model again"
+        )
     sizes = [_integer(size, 1, _MAX_SIDE, where=f"{where}: shape") for size in shape]
     file = plain_name(fields.get("file"), where=where)
     if len(sizes) == 1:
@@ -139,19 +142,24 @@ def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
     except ValueError:
         raise FormatError(
             f"{where}: affine is {fields.get('affine')!r}, wanted {', '.join(Affine)}"
+            "; convert the model again"
         ) from None
     largest_zero = 255 if affine is Affine.SYMMETRIC else 0
     zero = _integer(fields.get("zero"), 0, largest_zero, where=f"{where}: zero")
     columns = fields.get("columns")
     if not isinstance(columns, bool):
-        raise FormatError(f"{where}: columns is {columns!r}, wanted true or false")
+        raise FormatError(
+            f"{where}: columns is {columns!r}, wanted true or false; convert the model again"
+        )
     return MatrixRecord((n, k), bits, group_size, affine, zero, columns, file)
 
 
 def mapping(value: Any, *, where: str) -> Mapping[str, Any]:
     """Raises FormatError unless value is a JSON object."""
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: found {type(value).__name__}, wanted an object")
+        raise FormatError(
+            f"{where}: found {type(value).__name__}, wanted an object; convert the model again"
+        )
     return value
 
 
@@ -171,5 +179,8 @@ def plain_name(value: Any, *, where: str) -> str:
 
 def _integer(value: Any, low: int, high: int, *, where: str) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise FormatError(f"{where}: found {value!r}, wanted an integer from {low} to {high}")
+        raise FormatError(
+            f"{where}: found {value!r}, wanted an integer from {low} to {high}"
+            "; convert the model again"
+        )
     return value

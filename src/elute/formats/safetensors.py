@@ -62,30 +62,39 @@ def parse_json(text: str | bytes, *, where: str, allow_nan: bool = False) -> Any
         members: dict[str, Any] = {}
         for key, value in pairs:
             if key in members:
-                raise FormatError(f"{where}: found the key {key!r} twice, wanted each key once")
+                raise FormatError(
+                    f"{where}: found the key {key!r} twice, wanted each key once"
+                    "; fetch the file again"
+                )
             members[key] = value
         return members
 
     def constant(name: str) -> float:
         if allow_nan:
             return float(name)
-        raise FormatError(f"{where}: found {name}, wanted a JSON number")
+        raise FormatError(f"{where}: found {name}, wanted a JSON number; fetch the file again")
 
     try:
         # Decoded here: json.loads would guess UTF-16 and UTF-32 from bytes.
         decoded = text.decode("utf-8") if isinstance(text, bytes) else text
         return json.loads(decoded, object_pairs_hook=once, parse_constant=constant)
     except RecursionError:
-        raise FormatError(f"{where}: found JSON nested too deeply to read") from None
+        raise FormatError(
+            f"{where}: found JSON nested too deeply to read; fetch the file again"
+        ) from None
     except UnicodeDecodeError as error:
-        raise FormatError(f"{where}: found bytes that are not UTF-8 ({error.reason})") from None
+        raise FormatError(
+            f"{where}: found bytes that are not UTF-8 ({error.reason}); fetch the file again"
+        ) from None
     except json.JSONDecodeError as error:
         raise FormatError(
             f"{where}: found invalid JSON at character {error.pos} ({error.msg}); "
             f"fetch the file again"
         ) from None
     except ValueError as error:  # an integer of thousands of digits
-        raise FormatError(f"{where}: found a number that cannot be read ({error})") from None
+        raise FormatError(
+            f"{where}: found a number that cannot be read ({error}); fetch the file again"
+        ) from None
 
 
 @dataclass(frozen=True)
@@ -121,6 +130,7 @@ class SafetensorsFile:
                 if len(prefix) < 8:
                     raise FormatError(
                         f"{path}: found {len(prefix)} bytes, wanted at least the header length"
+                        "; fetch the file again"
                     )
                 (header_bytes,) = struct.unpack("<Q", prefix)
                 if header_bytes > MAX_HEADER_BYTES:
@@ -135,11 +145,14 @@ class SafetensorsFile:
                     )
                 header = file.read(header_bytes)
         except OSError as error:
-            raise FormatError(f"{path}: cannot be read ({error.strerror})") from None
+            raise FormatError(
+                f"{path}: cannot be read ({error.strerror}); check that it may be read"
+            ) from None
         members = parse_json(header, where=str(path))
         if not isinstance(members, dict):
             raise FormatError(
                 f"{path}: found a {type(members).__name__} as header, wanted a JSON object"
+                "; fetch the file again"
             )
         metadata = _metadata(members.pop("__metadata__", {}), path)
         entries = {
@@ -160,6 +173,7 @@ class SafetensorsFile:
         except KeyError:
             raise FormatError(
                 f"{self.path}: found no tensor {name!r} among {len(self.entries)}"
+                "; fetch the file again"
             ) from None
 
     def offset(self, name: str) -> int:
@@ -181,7 +195,9 @@ class SafetensorsFile:
 
 def _metadata(value: Any, path: Path) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
-        raise FormatError(f"{path}: found a __metadata__ that is not an object of strings")
+        raise FormatError(
+            f"{path}: found a __metadata__ that is not an object of strings; fetch the file again"
+        )
     return value
 
 
@@ -192,11 +208,15 @@ def _is_count(value: Any) -> bool:
 def _entry(name: str, value: Any, path: Path, *, first_byte: int) -> TensorEntry:
     where = f"{path}: tensor {_short(name)}"
     if not isinstance(value, dict) or set(value) != {"dtype", "shape", "data_offsets"}:
-        raise FormatError(f"{where}: wanted an object of exactly dtype, shape and data_offsets")
+        raise FormatError(
+            f"{where}: wanted an object of exactly dtype, shape and data_offsets"
+            "; fetch the file again"
+        )
     dtype, shape, offsets = value["dtype"], value["shape"], value["data_offsets"]
     if not isinstance(dtype, str) or dtype not in KNOWN_DTYPES:
         raise FormatError(
             f"{where}: found dtype {_short(dtype)}, wanted one of {', '.join(DTYPES)}"
+            "; fetch the file again"
         )
     if dtype not in DTYPES:
         raise UnsupportedError(
@@ -204,14 +224,19 @@ def _entry(name: str, value: Any, path: Path, *, first_byte: int) -> TensorEntry
             f"F16 or F32, or a GPTQ, AWQ or GGUF one"
         )
     if not isinstance(shape, list) or not all(map(_is_count, shape)):
-        raise FormatError(f"{where}: found shape {_short(shape)}, wanted a list of sizes from 0 up")
+        raise FormatError(
+            f"{where}: found shape {_short(shape)}, wanted a list of sizes from 0 up"
+            "; fetch the file again"
+        )
     if len(shape) > MAX_DIMENSIONS:
         raise FormatError(
             f"{where}: found {len(shape)} dimensions, wanted at most {MAX_DIMENSIONS}"
+            "; fetch the file again"
         )
     if not isinstance(offsets, list) or len(offsets) != 2 or not all(map(_is_count, offsets)):
         raise FormatError(
             f"{where}: found data_offsets {_short(offsets)}, wanted a list of begin and end"
+            "; fetch the file again"
         )
     begin, end = offsets
     n_elements, extent = 1, 1
@@ -219,12 +244,15 @@ def _entry(name: str, value: Any, path: Path, *, first_byte: int) -> TensorEntry
         n_elements *= size
         extent *= max(size, 1)
     if extent > MAX_ELEMENTS:
-        raise FormatError(f"{where}: found shape {_short(shape)}, whose size overflows 64 bits")
+        raise FormatError(
+            f"{where}: found shape {_short(shape)}, whose size overflows 64 bits"
+            "; fetch the file again"
+        )
     n_bytes = n_elements * DTYPES[dtype].itemsize
     if end - begin != n_bytes:
         raise FormatError(
             f"{where}: found data_offsets {_short(offsets)}, wanted a range of {n_bytes} bytes for "
-            f"{dtype} {shape}"
+            f"{dtype} {shape}; fetch the file again"
         )
     return TensorEntry(dtype=dtype, shape=tuple(shape), offset=first_byte + begin, n_bytes=n_bytes)
 
@@ -240,7 +268,7 @@ def _check_cover(
             kind = "overlaps the tensor before it" if overlaps else "leaves a hole before it"
             raise FormatError(
                 f"{path}: tensor {_short(name)} begins at byte {entry.offset} and {kind}, wanted "
-                f"byte {at}"
+                f"byte {at}; fetch the file again"
             )
         at += entry.n_bytes
     if at != file_bytes:

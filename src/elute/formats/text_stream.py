@@ -53,12 +53,15 @@ class DecoderPlan:
     def from_json(cls, decoder: Mapping[str, Any] | None) -> DecoderPlan:
         """Raises UnsupportedError for a decoder that cannot be followed token by token."""
         if decoder is None:
-            raise UnsupportedError(f"tokenizer.json: no decoder found, wanted {_SUPPORTED}")
+            raise UnsupportedError(
+                f"tokenizer.json: no decoder found, wanted {_SUPPORTED}; use another model"
+            )
         try:
             return _plan(decoder["decoders"] if decoder["type"] == "Sequence" else [decoder])
         except (KeyError, TypeError, AttributeError) as error:
             raise FormatError(
                 f"tokenizer.json: the decoder lacks or misspells {error}, wanted {_SUPPORTED}"
+                "; use another model"
             ) from error
 
     def byte_of(self, token: str) -> int | None:
@@ -98,7 +101,7 @@ def _plan(kinds: Sequence[Mapping[str, Any]]) -> DecoderPlan:
         if not replace["pattern"].get("String"):
             raise UnsupportedError(
                 f"tokenizer.json: the decoder replaces the pattern {replace['pattern']}, wanted a "
-                "plain string"
+                "plain string; use another model"
             )
         replacements.append((replace["pattern"]["String"], replace["content"]))
     byte_fallback = names[:1] == ["ByteFallback"]
@@ -107,7 +110,9 @@ def _plan(kinds: Sequence[Mapping[str, Any]]) -> DecoderPlan:
     if names == ["Fuse", "Strip"] and kinds[1]["stop"] == 0:
         strip = (kinds[1]["content"], kinds[1]["start"])
     elif names not in ([], ["Fuse"]):
-        raise UnsupportedError(f"tokenizer.json: decoder steps {names} found, wanted {_SUPPORTED}")
+        raise UnsupportedError(
+            f"tokenizer.json: decoder steps {names} found, wanted {_SUPPORTED}; use another model"
+        )
     return DecoderPlan(replacements=tuple(replacements), byte_fallback=byte_fallback, strip=strip)
 
 

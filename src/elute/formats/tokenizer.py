@@ -7,6 +7,7 @@ templates or where the files came from.
 from __future__ import annotations
 
 import json
+import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
@@ -31,6 +32,7 @@ END_OF_TURN_TOKENS = (
     "<|end|>",  # Phi
 )
 
+_SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
 _TOKEN_SWITCHES = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -56,10 +58,10 @@ def named_special_tokens(tokenizer_config: Mapping[str, Any]) -> dict[str, str]:
 
 def _token_content(key: str, value: object) -> str:
     content = value.get("content") if isinstance(value, Mapping) else value
-    if not isinstance(content, str):
+    if not isinstance(content, str) or _SURROGATE.search(content):
         raise FormatError(
             f"tokenizer_config.json: {key} is {value!r}, wanted a token's text or an object "
-            "with its content"
+            "with its content; fetch the file again"
         )
     return content
 
@@ -203,7 +205,7 @@ def _generation_ids(
         if type(token) is not int or not 0 <= token < vocabulary_size:
             raise FormatError(
                 f"generation_config.json: {key} is {value!r}, wanted ids from 0 to "
-                f"{vocabulary_size - 1}"
+                f"{vocabulary_size - 1}; correct the file"
             )
         yield token
 
@@ -214,7 +216,9 @@ def _parsed(tokenizer_json: str) -> dict[str, Any]:
     except (json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"tokenizer.json: not JSON: {error}; fetch the file again") from error
     if not isinstance(spec, dict):
-        raise FormatError(f"tokenizer.json: found a {type(spec).__name__}, wanted an object")
+        raise FormatError(
+            f"tokenizer.json: found a {type(spec).__name__}, wanted an object; fetch the file again"
+        )
     model = spec.get("model")
     # tokenizers 0.23 slices every merge by this prefix unchecked: a wrong one aborts the process.
     if isinstance(model, Mapping) and model.get("continuing_subword_prefix"):
@@ -270,7 +274,10 @@ def _add_config_tokens(backend: Backend, tokenizer_config: Mapping[str, Any]) ->
         if isinstance(extra, list | tuple):
             named.update({f"{key}[{i}]": _token_content(key, t) for i, t in enumerate(extra)})
         elif not isinstance(extra, Mapping):  # a map was read with the named tokens
-            raise FormatError(f"tokenizer_config.json: {key} is {extra!r}, wanted a list of tokens")
+            raise FormatError(
+                f"tokenizer_config.json: {key} is {extra!r}, wanted a list of tokens"
+                "; fetch the file again"
+            )
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for key, content in named.items():
         if backend.token_to_id(content) is None:
@@ -292,7 +299,9 @@ def _add_listed_tokens(backend: Backend, listed: object) -> None:
 
     where = "tokenizer_config.json: added_tokens_decoder"
     if not isinstance(listed, Mapping):
-        raise FormatError(f"{where} is a {type(listed).__name__}, wanted a map")
+        raise FormatError(
+            f"{where} is a {type(listed).__name__}, wanted a map; fetch the file again"
+        )
     added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
     for key, token in listed.items():
         content = _token_content(f"added_tokens_decoder[{key}]", token)
@@ -307,7 +316,10 @@ def _add_listed_tokens(backend: Backend, listed: object) -> None:
         switches = {name: token[name] for name in _TOKEN_SWITCHES if name in token}
         for name, value in switches.items():
             if not isinstance(value, bool):
-                raise FormatError(f"{where}[{key}]: {name} is {value!r}, wanted true or false")
+                raise FormatError(
+                    f"{where}[{key}]: {name} is {value!r}, wanted true or false"
+                    "; fetch the file again"
+                )
         wanted = AddedToken(content, **switches)
         if repr(wanted) != repr(added.get(content)):
             backend.add_tokens([wanted])

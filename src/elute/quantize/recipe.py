@@ -109,7 +109,9 @@ class Recipe:
         fallback = _rule({**fields, "match": "*"}, Rule("*"), where)
         listed = fields.get("rules", [])
         if not isinstance(listed, list):
-            raise FormatError(f"{where}: rules is {listed!r}, wanted a list of objects")
+            raise FormatError(
+                f"{where}: rules is {listed!r}, wanted a list of objects; correct the recipe"
+            )
         rules: list[Rule] = []
         for number, entry in enumerate(listed, start=1):
             at = f"{where}: rule {number}"
@@ -119,7 +121,9 @@ class Recipe:
             rules.append(_rule(given, fallback, at))
         requantize = fields.get("requantize", False)
         if not isinstance(requantize, bool):
-            raise FormatError(f"{where}: requantize is {requantize!r}, wanted true or false")
+            raise FormatError(
+                f"{where}: requantize is {requantize!r}, wanted true or false; correct the recipe"
+            )
         return cls(rules=(*rules, *_default_rules(fallback)), requantize=requantize)
 
     def rule_for(self, name: str) -> Rule:
@@ -142,15 +146,20 @@ def _default_rules(fallback: Rule) -> tuple[Rule, ...]:
 def _rule(given: Mapping[str, Any], fallback: Rule, where: str) -> Rule:
     match = given["match"]
     if not isinstance(match, str) or not match:
-        raise FormatError(f"{where}: match is {match!r}, wanted a pattern such as '*.weight'")
+        raise FormatError(
+            f"{where}: match is {match!r}, wanted a pattern such as '*.weight'; correct the recipe"
+        )
     bits = given.get("bits", fallback.bits)
     if not isinstance(bits, int) or isinstance(bits, bool) or not 1 <= bits <= 8:
-        raise FormatError(f"{where}: bits is {bits!r}, wanted an integer from 1 to 8")
+        raise FormatError(
+            f"{where}: bits is {bits!r}, wanted an integer from 1 to 8; correct the recipe"
+        )
     scheme = _scheme(given, fallback, where)
     if scheme is Scheme.TERNARY:
         if given.get("bits", TERNARY_BITS) != TERNARY_BITS:
             raise FormatError(
                 f"{where}: ternary with bits={bits}, wanted no bits or {TERNARY_BITS}"
+                "; correct the recipe"
             )
         bits = TERNARY_BITS
     return Rule(match, bits, _group_size(given, fallback, where), scheme)
@@ -167,6 +176,7 @@ def _group_size(given: Mapping[str, Any], fallback: Rule, where: str) -> int | N
         return size
     raise FormatError(
         f"{where}: group_size is {size!r}, wanted 16, 32, 64, a multiple of 64, or 'row'"
+        "; correct the recipe"
     )
 
 
@@ -178,15 +188,21 @@ def _scheme(given: Mapping[str, Any], fallback: Rule, where: str) -> Scheme:
     except ValueError:
         raise FormatError(
             f"{where}: scheme is {given['scheme']!r}, wanted one of {', '.join(Scheme)}"
+            "; correct the recipe"
         ) from None
 
 
 def _fields(value: Any, known: set[str], where: str) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise FormatError(f"{where}: found {type(value).__name__}, wanted an object")
+        raise FormatError(
+            f"{where}: found {type(value).__name__}, wanted an object; correct the recipe"
+        )
     for key in value:
         if key not in known:
-            raise FormatError(f"{where}: found {key!r}, wanted only {', '.join(sorted(known))}")
+            raise FormatError(
+                f"{where}: found {key!r}, wanted only {', '.join(sorted(known))}"
+                "; correct the recipe"
+            )
     return value
 
 
