@@ -76,6 +76,14 @@ def test_cancelling_the_prompt_gives_an_empty_answer():
     assert (done.text, done.finish_reason, done.tokens) == ("", "cancelled", ())
 
 
+def test_the_figures_of_a_cancelled_prompt_count_what_was_computed(monkeypatch):
+    monkeypatch.setattr("elute.runtime.session.PROMPT_CHUNK", 2)
+    e = engine(b"hello")
+    calls = e.session.executor.calls
+    done = join(e.stream(b"abcdef", GREEDY, cancelled=lambda: len(calls) == 2))
+    assert done.figures.prompt_tokens == 4
+
+
 def test_logprobs_follow_the_tokens():
     sampling = Sampling(temperature=0, logprobs=3)
     done = join(engine(b"hi").stream(b"x", sampling))

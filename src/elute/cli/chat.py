@@ -60,12 +60,13 @@ def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
     code = 0
     while True:
         try:
-            line = input(">>> ") if sys.stdin.isatty() else _next_line()
+            line = _typed_line() if sys.stdin.isatty() else _next_line()
             interrupted = False
         except EOFError:
             return code
         except KeyboardInterrupt:
             if interrupted or not sys.stdin.isatty():
+                click.echo("", err=True)
                 return EXIT_INTERRUPTED
             interrupted = True
             screen.note("\nCtrl-C again, /exit or Ctrl-D leaves")
@@ -94,6 +95,19 @@ def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
 
             messages = [*asked, {"role": "assistant", "content": done.text}]
             screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
+
+
+def _typed_line() -> str:
+    """Raises EOFError after Ctrl-D, KeyboardInterrupt after Ctrl-C."""
+    to_terminal = sys.stdout.isatty()
+    if not to_terminal:
+        # input() would write it to stdout, into the file that keeps the answers.
+        click.echo(">>> ", err=True, nl=False)
+    try:
+        return input(">>> " if to_terminal else "")
+    except EOFError:
+        click.echo("", err=True)  # the shell's prompt begins a line of its own
+        raise
 
 
 def _next_line() -> str:

@@ -116,11 +116,12 @@ def seconds_since_start() -> float:
 def figures_line(figures: Figures, *, bits_per_weight: float) -> str:
     """The last line of a run."""
     reused = f" ({figures.reused_tokens} reused)" if figures.reused_tokens else ""
+    first = [f"first token {figures.first_token_s:.2f} s"] if figures.generated_tokens else []
     return " · ".join(
         [
             f"prompt {figures.prompt_tokens} tokens{reused} {figures.prompt_rate_tok_s:.1f} tok/s",
             f"generated {figures.generated_tokens} tokens {figures.generated_rate_tok_s:.1f} tok/s",
-            f"first token {figures.first_token_s:.2f} s",
+            *first,
             f"peak memory {peak_memory_bytes() / MIB:.0f} MiB",
             f"{bits_per_weight:.2f} bits a weight",
         ]

@@ -26,9 +26,12 @@ class TextStream(Protocol):
 
 @dataclass(frozen=True)
 class Figures:
-    """What a generation cost. Seconds are of the wall clock; first_token_s counts from the call."""
+    """What a generation cost. Seconds are of the wall clock; first_token_s counts from the call.
 
-    prompt_tokens: int
+    Without a first token, its time is that of the end.
+    """
+
+    prompt_tokens: int  # less than the prompt has when it was cancelled on the way
     reused_tokens: int  # of the prompt, already in the cache
     generated_tokens: int
     prompt_s: float
@@ -196,7 +199,7 @@ class Engine:
             tuple(logprobs),
             finish_reason=reason,
             stop=stops.stopped,
-            figures=clock.figures(len(prompt), n_generated),
+            figures=clock.figures(min(len(prompt), len(self.session.history)), n_generated),
             seed=sampler.seed,
         )
 

@@ -12,9 +12,8 @@ from elute.errors import BudgetError, ShapeError, UnsupportedError
 from elute.runtime.sampler import F64, Choice, Sampler, log_softmax_at
 from elute.types import F32, I32
 
-PROMPT_CHUNK = (
-    256  # tokens between two looks at `cancelled`: long enough for the GEMM, seconds on a 7B model
-)
+# Tokens between two looks at `cancelled`: long enough for the GEMM, seconds on a 7B model.
+PROMPT_CHUNK = 256
 LOGITS_BYTES = 64 << 20  # most that one score step may ask for: 256 rows of a 64k vocabulary
 
 
