@@ -129,6 +129,14 @@ def test_bench_prints_llama_bench_names(run, folder):
     assert run("bench", folder, "--threads", "0")[0] == 2
 
 
+def test_bench_measures_the_smallest_sizes_and_refuses_none(run, folder):
+    assert run("bench", folder, "--prompt", 1, "--generate", 0, "--repeats", 1)[0] == 0
+    code, _, err = run("bench", folder, "--prompt", 0, "--generate", 0)
+    assert code == 2
+    assert "nothing is left to measure" in err
+    assert run("bench", folder, "--prompt", -5)[0] == 2
+
+
 def test_doctor_is_content_with_this_machine(run):
     code, out, err = run("doctor", "--json")
     told = json.loads(out)

@@ -18,9 +18,8 @@ from elute.errors import BudgetError
 from elute.runtime.session import Executor
 from elute.types import I32
 
-WARM_UP_TOKENS = (
-    8  # touches the registers and the thread pool; weights are warm after the first repeat
-)
+# Touches the registers and the thread pool; weights are warm after the first repeat.
+WARM_UP_TOKENS = 8
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,20 @@ from elute.cli import options
 
 @click.command("bench")
 @click.argument("model", default="default")
-@click.option("--prompt", default=512, show_default=True, help="Tokens of pp; 0 leaves it out.")
-@click.option("--generate", default=128, show_default=True, help="Tokens of tg; 0 leaves it out.")
+@click.option(
+    "--prompt",
+    type=click.IntRange(0),
+    default=512,
+    show_default=True,
+    help="Tokens of pp; 0 leaves it out.",
+)
+@click.option(
+    "--generate",
+    type=click.IntRange(0),
+    default=128,
+    show_default=True,
+    help="Tokens of tg; 0 leaves it out.",
+)
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @click.option(
     "--threads", metavar="N,N", help="Thread counts to compare.  [default: 1 to all physical cores]"
@@ -37,17 +49,19 @@ def command(
 
     Thread counts take turns within each repeat; figures are medians, with the best and the worst.
     """
-    from elute.bench.end_to_end import bench
+    from elute.bench.end_to_end import WARM_UP_TOKENS, bench
     from elute.cli.screen import Screen, answer_json, peak_memory_bytes
     from elute.model.families import op_list
     from elute.runtime.executor import Executor
     from elute.runtime.store import open_packed
 
+    if prompt == generate == 0:
+        raise click.UsageError("wanted --prompt or --generate above 0: nothing is left to measure")
     counts = _counts(threads)
     with Screen(quiet=quiet) as screen:
         packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
         ops = op_list(packed.config)
-        context = max(prompt, generate, 1)
+        context = max(prompt, generate, WARM_UP_TOKENS)
         executors = {
             n: Executor(ops, packed, context=context, n_threads=n, isa=isa) for n in counts
         }
