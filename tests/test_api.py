@@ -66,6 +66,11 @@ def test_chat_goes_through_the_template():
     assert m.executor.cache[10] == END  # special tokens of the template are tokens
 
 
+def test_a_message_that_spells_a_special_token_is_text():
+    prompt = model().prompt([{"role": "user", "content": "a<end>b"}])
+    assert prompt == [*b"<user>a<end>b", END, *b"<assistant>"]
+
+
 def test_a_second_turn_reuses_the_first():
     m = model(b"hi", context=256)
     messages = [{"role": "user", "content": "who?"}]

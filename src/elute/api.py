@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 import reprlib
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, TypeGuard, Unpack
 
 from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
+from elute.formats.chat_prompt import chat_tokens
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
 from elute.runtime.sampler import Sampling
 from elute.runtime.session import Executor
@@ -47,6 +48,9 @@ class Tokenizer(Protocol):
 
     @property
     def eos_ids(self) -> Sequence[int]: ...
+
+    @property
+    def special_texts(self) -> Collection[str]: ...
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -143,7 +147,8 @@ class Model:
     def prompt(self, prompt: str | Sequence[int] | Sequence[Message]) -> list[int]:
         """The tokens that `generate` and `stream` compute: of a text as it is, with a
         beginning-of-text token where the model wants one; of messages, through the chat
-        template; tokens as they are.
+        template, which alone writes special tokens: those that a message spells are text; tokens
+        as they are.
 
         Raises UnsupportedError for messages when the model has no chat template, ShapeError for
         anything else.
@@ -157,9 +162,8 @@ class Model:
                 f"{self.name}: found no chat template, wanted one for messages; pass the prompt as "
                 "text, or on the command line use --raw"
             )
-        text = self._template.render(prompt, add_generation_prompt=True)
         # The template writes the beginning-of-text token itself.
-        return self._tokenizer.encode(text, add_special=False, parse_special=True)
+        return chat_tokens(self._template.render, self._tokenizer, prompt)
 
     def text_tokens(self, text: str) -> tuple[list[int], int | None]:
         """A text to measure: its tokens, special tokens read as text, and the beginning-of-text

@@ -91,6 +91,7 @@ class FakeTokenizer:
 
     bos_id: int | None = None
     eos_ids: tuple[int, ...] = (END,)
+    special_texts = ("<end>",)
     vocabulary_size = VOCABULARY
 
     def encode(

@@ -73,6 +73,7 @@ class Tokenizer:
     eos_ids             ids that end a generation, ascending; may be empty
     vocabulary_size     1 + the largest id with a token; an embedding may have more rows
     special_tokens      {"bos_token": "<s>", ...} as tokenizer_config.json names them
+    special_texts       all that parse_special finds, named or not
     decoder             how tokens become text
     """
 
@@ -80,6 +81,7 @@ class Tokenizer:
     eos_ids: tuple[int, ...]
     vocabulary_size: int
     special_tokens: Mapping[str, str]
+    special_texts: frozenset[str]
     decoder: DecoderPlan
 
     def __init__(self, backend: Backend, decoder: DecoderPlan, files: TokenizerFiles) -> None:
@@ -90,7 +92,7 @@ class Tokenizer:
         self.special_tokens = named_special_tokens(files.tokenizer_config)
         _add_config_tokens(backend, files.tokenizer_config)
         added = backend.get_added_tokens_decoder()
-        self._special_texts = {token.content for token in added.values() if token.special}
+        self.special_texts = frozenset(t.content for t in added.values() if t.special)
         bos = self.special_tokens.get("bos_token")
         ids = _generation_ids(files.generation_config, "bos_token_id", self.vocabulary_size)
         self.bos_id = backend.token_to_id(bos) if bos is not None else next(iter(ids), None)
@@ -162,7 +164,7 @@ class Tokenizer:
         """
         self._check_id(token)
         text: str | None = self._backend.id_to_token(token)
-        return None if skip_special and text in self._special_texts else text
+        return None if skip_special and text in self.special_texts else text
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that a token adds to a text, maybe part of a character; b'' if it has no token.
@@ -185,7 +187,7 @@ class Tokenizer:
         ids = set(_generation_ids(generation_config, "eos_token_id", self.vocabulary_size))
         names: list[str] = []
         if not ids:
-            names += [token for token in END_OF_TURN_TOKENS if token in self._special_texts]
+            names += [token for token in END_OF_TURN_TOKENS if token in self.special_texts]
         if eos := self.special_tokens.get("eos_token"):
             names.append(eos)
         for name in names:
