@@ -7,10 +7,14 @@
 namespace elute {
 namespace {
 
-inline float largest_of(__m256 v) {
-  __m128 m = _mm_max_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
-  m = _mm_max_ps(m, _mm_movehl_ps(m, m));
-  return _mm_cvtss_f32(_mm_max_ss(m, _mm_shuffle_ps(m, m, 1)));
+// Of the bits of floats without sign, which order as integers do, and NaN above all: it must not get lost.
+inline float largest_of(__m256i v) {
+  __m128i m = _mm_max_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
+  m = _mm_max_epi32(m, _mm_unpackhi_epi64(m, m));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_max_epi32(m, _mm_shuffle_epi32(m, 1))));
+}
+inline __m256i larger(__m256i bits, __m256 magnitudes) {
+  return _mm256_max_epi32(bits, _mm256_castps_si256(magnitudes));
 }
 
 // q: 8 quads. Lower halves of 4 tables fit a vector; the upper halves mirror them: entry 15-i = span - entry i.
@@ -59,13 +63,13 @@ void quantize(const float* x, int k, const ActivationsView& out) {
       for (int i = 0; i < kActBlock; ++i) padded[i] = i < count ? p[i] : 0.0f;
       p = padded;
     }
-    __m256 largest = _mm256_setzero_ps(), widest = largest;
+    __m256i largest = _mm256_setzero_si256(), widest = largest;
     for (int i = 0; i < kActBlock; i += 16) {
       const __m256 a = _mm256_and_ps(_mm256_loadu_ps(p + i), sign);
       const __m256 b = _mm256_and_ps(_mm256_loadu_ps(p + i + 8), sign);
-      largest = _mm256_max_ps(largest, _mm256_max_ps(a, b));
+      largest = larger(larger(largest, a), b);
       const __m256 pairs = _mm256_hadd_ps(a, b);
-      widest = _mm256_max_ps(widest, _mm256_hadd_ps(pairs, pairs));
+      widest = larger(widest, _mm256_hadd_ps(pairs, pairs));
     }
     const float by_code = largest_of(largest) * (1.0f / 127.0f);
     const float by_span = largest_of(widest) * (1.0f / 253.0f);

@@ -10,7 +10,13 @@ constexpr float kInvMaxSpan = 1.0f / 253.0f;  // |q0|+..+|q3| <= span/scale + 4 
 constexpr float kSmallestNormal = 1.17549435e-38f;
 
 inline float magnitude(float x) { return __builtin_fabsf(x); }
-inline float greater(float a, float b) { return a > b ? a : b; }
+inline uint32_t bits_of(float x) {
+  uint32_t bits;
+  __builtin_memcpy(&bits, &x, 4);
+  return bits;
+}
+// Of two magnitudes. Their bits order as integers do, and NaN above all: it must not get lost.
+inline float larger(float a, float b) { return bits_of(a) > bits_of(b) ? a : b; }
 
 // Mirror-consolidated: entry i and entry 15-i add up to the span, so eight are summed and eight subtracted.
 inline int32_t build_table(const int8_t* q, uint8_t* table) {
@@ -36,17 +42,16 @@ void quantize(const float* x, int k, const ActivationsView& out) {
     for (int i = 0; i < kActBlock; i += kLutWidth) {
       const float a = magnitude(padded[i]), b = magnitude(padded[i + 1]);
       const float c = magnitude(padded[i + 2]), d = magnitude(padded[i + 3]);
-      largest = greater(greater(greater(a, b), greater(c, d)), largest);
-      widest = greater((a + b) + (c + d), widest);
+      largest = larger(larger(larger(a, b), larger(c, d)), largest);
+      widest = larger((a + b) + (c + d), widest);
     }
-    const float scale = greater(largest * kInvMaxCode, widest * kInvMaxSpan);
+    const float scale = larger(largest * kInvMaxCode, widest * kInvMaxSpan);
     const float inverse = scale > kSmallestNormal ? 1.0f / scale : 0.0f;
     out.scales[block] = scale;
     int8_t* q = out.q + block * kActBlock;
     for (int i = 0; i < kActBlock; ++i) {
-      constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding it rounds |x| < 2^22 to the nearest even integer
-      const float rounded = (padded[i] * inverse + kRound) - kRound;
-      q[i] = static_cast<int8_t>(static_cast<int32_t>(rounded));
+      // Adding 1.5 * 2^23 rounds |x| < 2^22 to the nearest even integer and leaves that in the low bits.
+      q[i] = static_cast<int8_t>(bits_of(padded[i] * inverse + 0x1.8p23f));
     }
     for (int run = 0; run < kActBlock / kSumRun; ++run) {
       int32_t sum = 0, lows = 0;

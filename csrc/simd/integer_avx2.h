@@ -12,6 +12,7 @@ using Bytes = __m256i;
 using Ints = __m256i;
 using Floats = __m256;
 constexpr int kLanes = kBytes / 4;
+constexpr int kGemmRows = 2;  // 2 rows * 4 vectors of sums = 8 registers; + 4 of codes + 1 of activations
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
 inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
@@ -69,9 +70,6 @@ struct Sum<1> {
   }
 };
 
-inline Ints zero_ints() { return _mm256_setzero_si256(); }
-constexpr int kGemmRows = 2;  // 2 rows * 4 vectors of sums = 8 registers; + 4 of codes + 1 of activations
-
 inline Ints set_ints(int32_t x) { return _mm256_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm256_add_epi32(a, b); }
 template <int Shift>
@@ -83,7 +81,6 @@ inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
-inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 inline Floats load_halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));

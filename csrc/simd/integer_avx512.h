@@ -104,7 +104,6 @@ struct Sum<1> {
   }
 };
 
-inline Ints zero_ints() { return _mm512_setzero_si512(); }
 inline Ints set_ints(int32_t x) { return _mm512_set1_epi32(x); }
 inline Ints add_ints(Ints a, Ints b) { return _mm512_add_epi32(a, b); }
 template <int Shift>
@@ -116,7 +115,6 @@ inline Floats to_floats(Ints a) { return convert(a); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
-inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline Floats load_halves(const uint16_t* p) {
   return widen_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));

@@ -18,7 +18,7 @@ inline Bytes load_bytes(const uint8_t* p) {
   __builtin_memcpy(r.v, p, kBytes);
   return r;
 }
-inline void prefetch(const uint8_t*) {}
+inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 inline Bytes low_nibbles(Bytes a) {
   for (uint8_t& x : a.v) x &= 15;
   return a;
@@ -57,7 +57,6 @@ struct Sum {
 };
 
 inline Ints set_ints(int32_t x) { return {{x, x, x, x}}; }
-inline Ints zero_ints() { return set_ints(0); }
 inline Ints add_ints(Ints a, Ints b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] += b.v[i];
   return a;
@@ -87,11 +86,6 @@ inline Floats mul(Floats a, Floats b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
   return a;
 }
-inline Floats load_floats(const float* p) {
-  Floats r;
-  __builtin_memcpy(r.v, p, sizeof r);
-  return r;
-}
 inline void store_floats(float* p, Floats a) { __builtin_memcpy(p, a.v, sizeof a); }
 inline float half_to_float(uint16_t h) {
   // Shift exponent and mantissa into place and rescale by 2^112, which also makes subnormals right; then inf and nan.
@@ -118,7 +112,7 @@ struct Dot {
   static constexpr int kRun = 16;
   static constexpr int kCodeBias = 0;
   using Partial = Ints;
-  static Partial zero() { return zero_ints(); }
+  static Partial zero() { return set_ints(0); }
   static void add(Partial& p, const Bytes& codes, const Bytes& q) {
     for (int i = 0; i < kBytes; ++i) p.v[i / 4] += codes.v[i] * static_cast<int8_t>(q.v[i]);
   }

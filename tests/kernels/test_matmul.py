@@ -1,5 +1,9 @@
 """Every ISA of this CPU against the numpy reference: bit for bit, floats included."""
 
+import ctypes
+import mmap
+import os
+
 import numpy as np
 import pytest
 from matrices import random_matrix
@@ -74,6 +78,78 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
             for lookup in (True, False):
                 got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
                 assert np.array_equal(got, want), (affine, n, m, lookup, np.abs(got - want).max())
+
+
+def extreme_inputs(k: int) -> np.ndarray:
+    """Rows whose activations are the largest codes: spans near 255, codes of +-127, both signs."""
+    quads_of = np.array(
+        [[1, 1, 1, 1], [-1, -1, -1, -1], [1, -1, 1, -1], [1, 0, 0, 0], [0, 0, 0, -1], [-1, 1, 0, 0]]
+    )
+    return np.tile(quads_of, (1, k // 4)).astype(np.float32)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(1, 9))
+@pytest.mark.parametrize("k", [4, 12, 20, 36, 64, 100, 256])
+def test_the_largest_sums_do_not_overflow(isa: str, bits: int, k: int) -> None:
+    """One group a row. Codes all 0, all largest, around the middle, and alternating."""
+    most = (1 << bits) - 1
+    matrix = random_matrix(37, k, bits=bits, group_size=k, affine=Affine.SYMMETRIC, seed=k)
+    for row, code in enumerate((0, most, most // 2, most // 2 + 1)):
+        matrix.codes[row] = code
+        matrix.codes[32 + row] = code
+    matrix.codes[4] = np.arange(k) % 2 * most
+    packed = quads.pack(matrix)
+    x = extreme_inputs(k)
+    want = lut_matmul.lut_matmul(x, packed)
+    for lookup in (True, False):
+        got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+        assert np.array_equal(got, want), (lookup, np.abs(got - want).max())
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bad", [np.nan, -np.nan, np.inf, -np.inf])
+def test_what_is_not_finite_stays_seen(isa: str, bad: float) -> None:
+    packed = quads.pack(random_matrix(33, 128, bits=4, group_size=32, affine=Affine.MIN, seed=1))
+    x = np.tile(inputs(2, 128, seed=1)[1:], (129, 1))
+    x[np.arange(128), np.arange(128)] = bad  # row r has it at column r, the last row nowhere
+    for lookup in (True, False):
+        got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+        assert not np.isfinite(got[:-1]).any()
+        assert np.isfinite(got[-1]).all()
+    scales = _native.quantize_activations(isa, x)[1]
+    assert np.array_equal(scales, quantize_activations(x).scales, equal_nan=True)
+
+
+def at_the_end_of_memory(values: np.ndarray) -> np.ndarray:
+    """A copy whose last byte is the last readable one."""
+    page = mmap.PAGESIZE
+    size = -(-values.nbytes // page) * page
+    memory = mmap.mmap(-1, size + page)
+    room = np.frombuffer(memory, np.uint8)
+    libc = ctypes.CDLL(None, use_errno=True)
+    guard = ctypes.c_void_p(room.ctypes.data + size)
+    assert libc.mprotect(guard, ctypes.c_size_t(page), 0) == 0, os.strerror(ctypes.get_errno())
+    inside = room[size - values.nbytes : size].view(values.dtype).reshape(values.shape)
+    inside[:] = values
+    return inside
+
+
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_no_kernel_reads_beyond_what_it_was_promised(isa: str, bits: int) -> None:
+    for k in (4, 20, 36, 64, 100, 128):
+        matrix = random_matrix(33, k, bits=bits, group_size=k, affine=Affine.MIN, seed=k)
+        packed = quads.pack(matrix)
+        given = arguments(packed)
+        for name in ("planes", "scales", "offsets"):
+            given[name] = at_the_end_of_memory(given[name])
+        x = at_the_end_of_memory(inputs(3, k, seed=k))
+        want = lut_matmul.lut_matmul(x, packed)
+        for lookup in (True, False):
+            assert np.array_equal(_native.lut_matmul(isa, x, **given, lookup=lookup), want)
+        codes = _native.lut_dequant(isa, given["planes"], 33, k, bits)
+        assert np.array_equal(codes, matrix.codes)
 
 
 @pytest.mark.parametrize("isa", ISAS)

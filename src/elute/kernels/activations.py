@@ -2,8 +2,8 @@
 
 One quantization serves decode and prefill. It is chosen so that a table of all 16 subset sums of
 4 activations, shifted to start at zero, fits a byte *exactly*: then a lookup is an integer
-multiply, bit for bit, and a token's
-result does not depend on whether it was computed alone (tables) or in a chunk (multiplies).
+multiply, bit for bit, and a token's result does not depend on whether it was computed alone
+(tables) or in a chunk (multiplies).
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ class Activations:
 
 
 def quantize_activations(x: F32) -> Activations:
-    """x f32 [M, K] -> int8 codes and one scale per ACT_BLOCK. |x - q*scale| <= scale/2."""
+    """x f32 [M, K] -> int8 codes and one scale per ACT_BLOCK. |x - q*scale| <= scale/2.
+
+    A block that holds a NaN or an infinity has it for its scale, so no product hides it.
+    """
     m, k = x.shape
     n_blocks = -(-k // ACT_BLOCK)
     padded = np.zeros((m, n_blocks * ACT_BLOCK), np.float32)
@@ -47,9 +50,10 @@ def quantize_activations(x: F32) -> Activations:
     scales = np.maximum(largest, widest).astype(np.float32)
     with np.errstate(divide="ignore", over="ignore"):
         inverse = np.where(scales > np.finfo(np.float32).tiny, np.float32(1) / scales, 0)
-    blocks = padded.reshape(m, n_blocks, ACT_BLOCK) * inverse.astype(np.float32)[:, :, None]
-    q = np.rint(blocks).astype(np.int8).reshape(m, -1)
-    return Activations(q=q, scales=scales, n_columns=k)
+    blocks = padded.reshape(m, n_blocks, ACT_BLOCK)
+    with np.errstate(invalid="ignore"):  # NaN and infinity: the scale tells, whatever the codes
+        q = np.rint(blocks * inverse.astype(np.float32)[:, :, None]).astype(np.int8)
+    return Activations(q=q.reshape(m, -1), scales=scales, n_columns=k)
 
 
 @dataclass(frozen=True, eq=False)
