@@ -10,9 +10,16 @@
 namespace elute {
 namespace {
 
-// Rows up to which looking each one up beats dequantizing the panel first; both give the same bits.
-// Measured on Zen 3, 4 bits: lookup 1.0x the time of dequantize-and-multiply at 3-4 rows.
-constexpr int kLookupRows = 3;
+// Rows up to which looking each one up beats dequantizing a panel and multiplying; both give the same bits. Time of
+// lookup over multiply by bench/lookup_rows.py, avx2 on Zen 3, [1536, 576]:
+//   rows    1     2     3     4     5     6     7     8
+//   2 bits  0.50  0.54  0.62  0.62  0.67  0.66  0.69  0.68
+//   3 bits  0.45  0.60  0.74  0.79  0.87  0.90  0.95  0.97
+//   4 bits  0.61  0.81  0.92  1.03  1.05  1.16  1.16  1.21
+//   6 bits  0.66  0.85  1.03  1.14  1.22  1.33  1.36  1.44
+//   8 bits  0.97  1.13  1.29  1.33  1.36  1.48  1.45  1.57
+constexpr int kMostLookupRows = 8;
+int lookup_rows(int bits) { return bits <= 3 ? kMostLookupRows : bits < 8 ? 3 : 1; }
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -79,8 +86,8 @@ void Executor::finish() {
   q_ = Pages(chunk_ * padded);
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
-  tables_ = Pages(kLookupRows * padded / kLutWidth * kTableBytes);
-  lows_ = Pages(kLookupRows * padded / kSumRun * 4);
+  tables_ = Pages(kMostLookupRows * padded / kLutWidth * kTableBytes);
+  lows_ = Pages(kMostLookupRows * padded / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
     gemm_scratch_.emplace_back(gemm_scratch_bytes(widest));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
@@ -139,15 +146,18 @@ void Executor::run(const RmsNormOp& op, const Call& call, int thread) {
     kernels_.floats->rms_norm(row(op.input, r), op.weight.data(), row(op.output, r), op.width, op.n_runs, op.eps);
 }
 
+ActivationsView Executor::activations(int k, bool tables) const {
+  return {q_.as<int8_t>(),
+          act_scales_.as<float>(),
+          sums_.as<int32_t>(),
+          tables ? tables_.as<uint8_t>() : nullptr,
+          tables ? lows_.as<int32_t>() : nullptr,
+          (k + kActBlock - 1) / kActBlock};
+}
+
 void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows,
                              bool tables, int thread) {
-  ActivationsView all{q_.as<int8_t>(),
-                      act_scales_.as<float>(),
-                      sums_.as<int32_t>(),
-                      tables ? tables_.as<uint8_t>() : nullptr,
-                      tables ? lows_.as<int32_t>() : nullptr,
-                      (k + kActBlock - 1) / kActBlock};
-  if (thread == 0) activations_ = all;
+  const ActivationsView all = activations(k, tables);
   for (int r = rows.begin; r < rows.end; ++r) {
     const float* x = row(input, first_row + r);
     if (!columns.empty()) {
@@ -162,21 +172,27 @@ void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int
 void Executor::multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy,
                         int thread) {
   if (panels.begin >= panels.end) return;
-  if (activations_.tables) {
+  const bool lookup = n_rows <= lookup_rows(w.bits);
+  const ActivationsView x = activations(w.k, lookup);
+  if (lookup) {
     for (int r = 0; r < n_rows; ++r)
-      kernels_.matmul->lut_matmul(w, activations_.from_row(r), panels.begin, panels.end, bias, y + r * ldy);
+      kernels_.matmul->lut_matmul(w, x.from_row(r), panels.begin, panels.end, bias, y + r * ldy);
   } else {
-    kernels_.matmul->lut_gemm(w, activations_, n_rows, panels.begin, panels.end, bias, y, ldy,
+    kernels_.matmul->lut_gemm(w, x, n_rows, panels.begin, panels.end, bias, y, ldy,
                               gemm_scratch_[thread].as<uint8_t>());
   }
 }
 
 void Executor::run(const LinearOp& op, const Call& call, int thread) {
   const int k = matrices_[op.matrices[0]].k;
-  quantize_rows(op.input, op.columns, k, 0, share(call.n, thread, n_threads()), call.n <= kLookupRows, thread);
-  pool_.barrier();
   int total = 0;
-  for (int m : op.matrices) total += matrices_[m].n_panels();
+  bool tables = false;
+  for (int m : op.matrices) {
+    total += matrices_[m].n_panels();
+    tables |= call.n <= lookup_rows(matrices_[m].bits);
+  }
+  quantize_rows(op.input, op.columns, k, 0, share(call.n, thread, n_threads()), tables, thread);
+  pool_.barrier();
   const Range mine = share(total, thread, n_threads());
   int first = 0;  // panels of the matrices before this one
   for (size_t i = 0; i < op.matrices.size(); ++i) {
@@ -252,8 +268,8 @@ void Executor::run(const HeadOp& op, const Call& call, int thread) {
   const int first_row = call.all_logits ? 0 : call.n - 1;
   const int n_rows = call.n - first_row;
   pool_.barrier();  // the last row may be another thread's
-  quantize_rows(op.input, op.columns, w.k, first_row, share(n_rows, thread, n_threads()), n_rows <= kLookupRows,
-                thread);
+  quantize_rows(op.input, op.columns, w.k, first_row, share(n_rows, thread, n_threads()),
+                n_rows <= lookup_rows(w.bits), thread);
   pool_.barrier();
   const Range panels = share(w.n_panels(), thread, n_threads());
   multiply(w, n_rows, panels, nullptr, call.logits, w.n, thread);

@@ -67,9 +67,12 @@ struct HeadOp {
 };
 using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, AddOp, HeadOp>;
 
+constexpr int kMaxContext = 1 << 24;  // the last position that is exact in f32, as rotary angles need it
+
 class Executor {
  public:
-  // context: positions in the cache, rounded up to whole tiles; chunk: most tokens of one call.
+  // context: positions in the cache, at most kMaxContext, rounded up to whole tiles; chunk: most tokens of one call.
+  // Throws std::runtime_error when the threads cannot be started.
   Executor(const KernelTable& kernels, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
            int head_width);
 
@@ -108,6 +111,7 @@ class Executor {
 
   float* row(int reg, int r) const { return registers_[reg].as<float>() + int64_t{r} * widths_[reg]; }
   CacheView cache(int layer, int kv_head) const;
+  ActivationsView activations(int k, bool tables) const;  // of the op that runs
   void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
                      int thread);
   void multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy, int thread);
@@ -122,7 +126,6 @@ class Executor {
   std::vector<Op> ops_;
   Pages cache_, q_, act_scales_, sums_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_;
-  ActivationsView activations_{};
 };
 
 }  // namespace elute

@@ -7,26 +7,29 @@
 namespace elute {
 namespace {
 
-// Checks every index once, when an op is added, and keeps the arrays alive that the executor points into.
+// Checks every index once, when an op is added, and keeps the arrays alive that the executor points into. Two calls at
+// once are the caller's to prevent (runtime/executor.py does).
 class BoundExecutor {
  public:
   BoundExecutor(const std::string& isa, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
                 int head_width)
       : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_width_(head_width) {
     if (n_threads < 1 || n_threads > 512) throw std::invalid_argument("n_threads: wanted 1 to 512");
-    if (context < 1 || chunk < 1 || n_layers < 1 || n_kv_heads < 1 || head_width < 2 || head_width % 2)
-      throw std::invalid_argument("executor: sizes must be positive and head_width even");
+    if (context < 1 || context > kMaxContext || chunk < 1 || n_layers < 1 || n_kv_heads < 1 || head_width < 2 || head_width % 2)
+      throw std::invalid_argument("executor: sizes must be positive, head_width even, context at most 2^24");
     executor_ = std::make_unique<Executor>(kernels_named(isa), n_threads, context, chunk, n_layers, n_kv_heads,
                                            head_width);
   }
 
   int add_register(int width) {
-    if (width < 1) throw std::invalid_argument("register: wanted a positive width");
+    want(!finished_, "registers after finish()");
+    want(width >= 1, "register: width");
     widths_.push_back(width);
     return executor_->add_register(width);
   }
   int add_matrix(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n,
                  int k, int bits, int group_size, int zero, const std::string& affine) {
+    want(!finished_, "matrices after finish()");
     // A WeightSource promises the readable bytes after the planes; an array does not show them.
     matrices_.push_back(matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine, 0));
     kept_.push_back(nb::cast(planes));
@@ -35,6 +38,8 @@ class BoundExecutor {
     return executor_->add_matrix(matrices_.back());
   }
   int add_rope_table(std::vector<float> inverse_frequencies, float factor) {
+    want(!finished_, "rope tables after finish()");
+    want(!inverse_frequencies.empty(), "rope table: frequencies");
     rope_halves_.push_back(static_cast<int>(inverse_frequencies.size()));
     return executor_->add_rope_table(std::move(inverse_frequencies), factor);
   }
@@ -45,7 +50,7 @@ class BoundExecutor {
   }
   void rms_norm(int input, int output, std::vector<float> weight, int n_runs, float eps) {
     const int w = static_cast<int>(weight.size());
-    want(w > 0 && n_runs > 0 && w * n_runs == width(input) && width(output) == width(input), "rms_norm: widths");
+    want(w > 0 && n_runs > 0 && int64_t{w} * n_runs == width(input) && width(output) == width(input), "rms_norm: widths");
     add(RmsNormOp{input, output, std::move(weight), w, n_runs, eps});
   }
   void linear(int input, std::vector<int> matrices, std::vector<int> outputs, std::vector<std::vector<float>> biases,
@@ -70,8 +75,8 @@ class BoundExecutor {
     want(head_width == head_width_ && n_kv_heads == n_kv_heads_ && layer >= 0 && layer < n_layers_,
          "attention: the cache was built for other sizes");
     want(n_heads > 0 && n_heads % n_kv_heads == 0, "attention: heads");
-    want(width(query) == n_heads * head_width && width(output) == width(query), "attention: query widths");
-    want(width(key) == n_kv_heads * head_width && width(value) == width(key), "attention: key widths");
+    want(width(query) == int64_t{n_heads} * head_width && width(output) == width(query), "attention: query widths");
+    want(width(key) == int64_t{n_kv_heads} * head_width && width(value) == width(key), "attention: key widths");
     want(window >= 0 && softcap >= 0, "attention: window");
     add(AttentionOp{query, key, value, output, layer, n_heads, n_kv_heads, head_width, scale, window, softcap});
   }
@@ -93,6 +98,7 @@ class BoundExecutor {
     add(HeadOp{input, matrix, std::move(columns), softcap});
   }
   void finish() {
+    want(!finished_, "a second finish()");
     want(executor_->vocabulary() > 0 && executor_->embedding_rows() > 0, "executor: no embed or no head");
     executor_->finish();
     finished_ = true;
@@ -103,18 +109,19 @@ class BoundExecutor {
     const int n = static_cast<int>(tokens.shape(0));
     want(n >= 1 && n <= executor_->chunk(), "forward: tokens beyond the chunk");
     want(position >= 0 && position <= executor_->context() - n, "forward: position beyond the context");
-    for (int i = 0; i < n; ++i)
-      want(tokens.data()[i] >= 0 && tokens.data()[i] < executor_->embedding_rows(), "forward: token id");
+    // A copy: without the GIL others may write to the array after it was checked.
+    const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
+    for (int32_t id : ids) want(id >= 0 && id < executor_->embedding_rows(), "forward: token id");
     if (!want_logits) {
       nb::gil_scoped_release release;
-      executor_->forward(tokens.data(), n, position, false, nullptr);
+      executor_->forward(ids.data(), n, position, false, nullptr);
       return nb::none();
     }
     const size_t rows = all_logits ? n : 1, vocabulary = executor_->vocabulary();
     auto logits = std::make_unique_for_overwrite<float[]>(rows * vocabulary);
     {
       nb::gil_scoped_release release;
-      executor_->forward(tokens.data(), n, position, all_logits, logits.get());
+      executor_->forward(ids.data(), n, position, all_logits, logits.get());
     }
     return owned_array(std::move(logits), {rows, vocabulary});
   }

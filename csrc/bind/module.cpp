@@ -1,6 +1,7 @@
 #include "bind/bind.h"
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a daemon thread keeps objects alive to the end of the program: no bug of ours
   m.doc() = "elute's native kernels and executor; elute.kernels and elute.runtime are the public side";
   m.def(
       "isas",

@@ -1,43 +1,68 @@
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
+
+_F32 = npt.NDArray[np.float32]
+_F16 = npt.NDArray[np.float16]
+_I32 = npt.NDArray[np.int32]
+_U8 = npt.NDArray[np.uint8]
 
 emulates_avx512: bool
 
 def isas() -> list[str]: ...
 def best_isa() -> str: ...
-def quantize_activations(
-    isa: str, x: npt.NDArray[np.float32]
-) -> tuple[Any, Any, Any, Any, Any]: ...
+def quantize_activations(isa: str, x: _F32) -> tuple[npt.NDArray[np.int8], _F32, _I32, _U8, _I32]:
+    """x f32 [M, K] -> q, scales, sums of 16, tables, lows of 16"""
+
 def lut_matmul(
     isa: str,
-    x: npt.NDArray[np.float32],
-    planes: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float16],
-    offsets: npt.NDArray[np.float16] | None,
+    x: _F32,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
     n: int,
     bits: int,
     group_size: int,
     zero: int,
     affine: str,
-    bias: npt.NDArray[np.float32] | None = None,
+    bias: _F32 | None = None,
     lookup: bool = True,
-) -> npt.NDArray[np.float32]: ...
-def lut_dequant(
-    isa: str, planes: npt.NDArray[np.uint8], n: int, k: int, bits: int
-) -> npt.NDArray[np.uint8]: ...
+) -> _F32: ...
+def lut_dequant(isa: str, planes: _U8, n: int, k: int, bits: int) -> _U8: ...
 def dequant_rows(
-    planes: npt.NDArray[np.uint8],
-    scales: npt.NDArray[np.float16],
-    offsets: npt.NDArray[np.float16] | None,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
     n: int,
     k: int,
     bits: int,
     group_size: int,
     zero: int,
     affine: str,
-) -> npt.NDArray[np.float32]: ...
+) -> _F32: ...
+
+class float_kernels:
+    def __init__(self, isa: str) -> None: ...
+    def rms_norm(self, x: _F32, w: _F32, eps: float) -> _F32: ...
+    def rope(self, x: _F32, cos: _F32, sin: _F32) -> None: ...
+    def gate(self, gate: _F32, up: _F32, activation: str) -> _F32: ...
+    def add(self, x: _F32, y: _F32) -> None: ...
+    def scale(self, x: _F32, s: float) -> None: ...
+    def softcap(self, x: _F32, cap: float) -> None: ...
+    def to_f16(self, x: _F32) -> _F16: ...
+    def from_f16(self, x: _F16) -> _F32: ...
+    def cache_write(
+        self, keys: _F16, values: _F16, key: _F32, value: _F32, position: int
+    ) -> None: ...
+    def attention(
+        self,
+        keys: _F16,
+        values: _F16,
+        query: _F32,
+        positions: _I32,
+        scale: float,
+        window: int = 0,
+        softcap: float = 0.0,
+    ) -> _F32: ...
 
 class Executor:
     def __init__(
@@ -53,9 +78,9 @@ class Executor:
     def add_register(self, width: int) -> int: ...
     def add_matrix(
         self,
-        planes: npt.NDArray[np.uint8],
-        scales: npt.NDArray[np.float16],
-        offsets: npt.NDArray[np.float16] | None,
+        planes: _U8,
+        scales: _F16,
+        offsets: _F16 | None,
         n: int,
         k: int,
         bits: int,
@@ -97,8 +122,8 @@ class Executor:
     def finish(self) -> None: ...
     def forward(
         self,
-        tokens: npt.NDArray[np.int32],
+        tokens: _I32,
         position: int,
         all_logits: bool = False,
         want_logits: bool = True,
-    ) -> Any: ...
+    ) -> _F32 | None: ...

@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+import os
+import resource
+import signal
+import threading
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
 from tiny import FAMILIES, tiny_checkpoint
 
-from elute.errors import BudgetError, DeviceError, ShapeError
+from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
 from elute.kernels.lut_matmul import reference as lut_matmul
 from elute.model.families import op_list
 from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
 from elute.pack import quads
 from elute.quantize.rtn import quantize
-from elute.runtime.executor import CHUNK, Executor, default_threads, isas
+from elute.runtime.executor import CHUNK, MAX_CONTEXT, Executor, default_threads, isas
 from elute.types import F32, OVER_READ, PackedMatrix, QuantizedMatrix
 
 
@@ -152,6 +157,9 @@ def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
         (np.zeros(0, np.int32), 0, ShapeError, "at least 1"),
         (np.array([ops.vocabulary], np.int32), 0, ShapeError, f"wanted 0 to {ops.vocabulary - 1}"),
         (np.array([-1], np.int32), 0, ShapeError, "found id -1"),
+        (np.array([2**32]), 0, ShapeError, "found id 4294967296"),
+        (np.array([0.5]), 0, ShapeError, "found type float64"),
+        (np.zeros(1, np.int32), 1, ShapeError, "position 1, wanted 0 to the cached 0"),
     ]:
         with pytest.raises(error, match=says):
             executor.forward(tokens, position)
@@ -159,6 +167,9 @@ def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
         Executor(ops, source, isa="avx9")
     with pytest.raises(ShapeError, match="threads: found 0"):
         Executor(ops, source, n_threads=0)
+    for context in (0, MAX_CONTEXT + 1, 2**31 - 1, 10**12):
+        with pytest.raises(ShapeError, match=f"context: found {context}, wanted 1 to"):
+            Executor(ops, source, context=context)
     assert 1 <= default_threads() <= 512
 
 
@@ -178,3 +189,72 @@ def test_weights_of_another_shape_than_the_op_list_says_are_refused(
             other._vectors = weights._vectors | {name: weights.vector(name)[1:]}
         with pytest.raises(ShapeError, match=f"{name} has shape"):
             Executor(ops, other)
+
+
+def test_two_forwards_at_once_are_refused_or_right(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama", max_position_embeddings=400)
+    tokens = some_tokens(CHUNK + 40, ops.vocabulary)
+    executor = Executor(ops, source, n_threads=2)
+    want = executor.forward(tokens, 0)
+    start, outcomes = threading.Barrier(3), []
+
+    def run() -> None:
+        start.wait()
+        for _ in range(5):
+            try:
+                outcomes.append(np.array_equal(executor.forward(tokens, 0), want))
+            except UnsupportedError as error:
+                outcomes.append("another thread's forward" in str(error))
+
+    threads = [threading.Thread(target=run) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [True] * 15
+    assert np.array_equal(executor.forward(tokens, 0), want)
+
+
+def in_child(holds: Callable[[], bool]) -> bool:
+    """Whether `holds` in a forked copy of this process, within 20 seconds."""
+    child = os.fork()
+    if child == 0:
+        signal.alarm(20)
+        try:
+            os._exit(0 if holds() else 1)
+        finally:
+            os._exit(2)
+    return os.waitpid(child, 0)[1] == 0
+
+
+def test_a_forked_child_starts_threads_of_its_own(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama")
+    tokens = some_tokens(30, ops.vocabulary)
+    executor = Executor(ops, source, n_threads=3)
+    executor.forward(tokens[:20], 0)
+    fresh = Executor(ops, source, n_threads=1)
+    want = fresh.forward(tokens, 0)
+
+    def holds() -> bool:
+        nonlocal executor
+        same = np.array_equal(executor.forward(tokens[20:], 20), want)
+        del executor  # joins the child's threads, not the parent's
+        return same
+
+    assert in_child(holds)
+    assert np.array_equal(executor.forward(tokens[20:], 20), want)
+
+
+def test_threads_that_cannot_be_started_are_a_sentence(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama")
+
+    def holds() -> bool:
+        used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+        resource.setrlimit(resource.RLIMIT_AS, (used + (200 << 20), resource.RLIM_INFINITY))
+        try:
+            Executor(ops, source, n_threads=512)
+        except DeviceError as error:
+            return "of 512" in str(error) and "use fewer" in str(error)
+        return False
+
+    assert in_child(holds)

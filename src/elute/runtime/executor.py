@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -25,17 +26,19 @@ from elute.model.weights import check_shape, weight_shapes
 from elute.types import F32, I32, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
+MAX_CONTEXT = 1 << 24  # the last position that is exact in f32, as rotary angles need it
 
 
 class Executor:
-    """Runs the model; its key-value cache is its only state. One forward at a time.
+    """Runs the model; its key-value cache is its only state. A forked child may use its copy.
 
     context    positions of the cache; memory is taken as they are first used
     n_threads  default_threads() when None
     isa        one of isas(); the best when None
 
     Raises FormatError for a missing weight, ShapeError for one that the op list does not fit,
-    DeviceError for an instruction set that this CPU lacks.
+    DeviceError for an instruction set that this CPU lacks or threads that cannot be started,
+    BudgetError for a cache beyond the address space.
     """
 
     def __init__(
@@ -58,8 +61,11 @@ class Executor:
                 f"threads: found {self.n_threads}, wanted 1 to 512; try {default_threads()}"
             )
         self.context = ops.context if context is None else context
-        if self.context < 1:
-            raise ShapeError(f"context: found {self.context}, wanted at least 1")
+        if not 1 <= self.context <= MAX_CONTEXT:
+            raise ShapeError(
+                f"context: found {self.context}, wanted 1 to {MAX_CONTEXT} positions; use as "
+                "many as your longest prompt and its answer take"
+            )
         self.vocabulary = ops.vocabulary
         try:
             native = _native.Executor(
@@ -77,18 +83,39 @@ class Executor:
                 f"context: the cache of {self.context} positions does not fit the address space; "
                 "use a smaller context"
             ) from None
+        except RuntimeError as error:
+            raise DeviceError(str(error)) from None
         self._native = native
+        self._cached = 0  # positions in the cache
+        self._turn = threading.Lock()
 
     def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32:
         """tokens i32 [M] at positions position .. position+M-1 -> logits f32 [1 or M, vocabulary].
 
         The cache forgets what it held from `position` on. How tokens are cut into calls does not
         change a bit. Raises BudgetError beyond the context, ShapeError for token ids that the model
-        does not have.
+        does not have or a position beyond what the cache holds, UnsupportedError while another
+        thread's forward runs.
         """
-        tokens = np.ascontiguousarray(tokens, np.int32)
+        if not self._turn.acquire(blocking=False):
+            raise UnsupportedError(
+                "forward: found another thread's forward running on the same cache, wanted one at "
+                "a time; take turns, or give each thread an Executor of its own (weights are "
+                "shared)"
+            )
+        try:
+            return self._forward(self._checked(tokens, position), position, all_logits)
+        finally:
+            self._turn.release()
+
+    def _checked(self, tokens: I32, position: int) -> I32:
+        tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.size == 0:
-            raise ShapeError(f"tokens: found shape {tokens.shape}, wanted [M] with M of at least 1")
+            raise ShapeError(
+                f"tokens: found shape {list(tokens.shape)}, wanted [M] with M of at least 1"
+            )
+        if tokens.dtype.kind not in "iu":
+            raise ShapeError(f"tokens: found type {tokens.dtype}, wanted whole numbers")
         if position < 0 or position + tokens.size > self.context:
             raise BudgetError(
                 f"tokens: positions {position} to {position + tokens.size - 1} do not fit a "
@@ -99,14 +126,24 @@ class Executor:
             raise ShapeError(
                 f"tokens: found id {low if low < 0 else high}, wanted 0 to {self.vocabulary - 1}"
             )
+        if position > self._cached:
+            raise ShapeError(
+                f"tokens: found position {position}, wanted 0 to the cached {self._cached}; run "
+                "the tokens before it first"
+            )
+        return np.ascontiguousarray(tokens, np.int32)
+
+    def _forward(self, tokens: I32, position: int, all_logits: bool) -> F32:
         rows: list[F32] = []
+        self._cached = position  # an interrupted forward leaves the chunks that are done
         for start in range(0, tokens.size, CHUNK):
             chunk = tokens[start : start + CHUNK]
             wanted = all_logits or start + CHUNK >= tokens.size
             logits = self._native.forward(
                 chunk, position + start, all_logits=all_logits, want_logits=wanted
             )
-            if wanted:
+            self._cached = position + start + chunk.size
+            if logits is not None:
                 rows.append(logits)
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
