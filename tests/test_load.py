@@ -70,6 +70,13 @@ def test_score_is_near_the_float_reference_of_the_packed_codes(model):
     assert np.array(score.logprobs[1:], float) == pytest.approx(want, abs=0.5)
 
 
+def test_a_context_beyond_the_training_is_announced(folder, cache, caplog):
+    assert elute.load(folder, cache_dir=cache, context=128).context == 128
+    assert not caplog.records
+    assert elute.load(folder, cache_dir=cache, context=129).context == 129
+    assert "context 129 is beyond the 128 tokens" in caplog.text
+
+
 def test_context_threads_and_isa_are_checked(folder, cache):
     small = elute.load(folder, cache_dir=cache, context=8)
     with pytest.raises(elute.BudgetError, match="but the context is 8"):

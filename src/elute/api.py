@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import logging
 import operator
 import reprlib
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
@@ -21,6 +22,8 @@ if TYPE_CHECKING:
     from elute.quantize.recipe import Recipe
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
+
+log = logging.getLogger(__name__)
 
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates take them
 
@@ -312,7 +315,7 @@ def load(
     bits      of the linear layers, 1 to 8; a quantized checkpoint is then quantized again. Left
               out, a quantized checkpoint keeps its codes and others get 4
     recipe    instead of bits: what each tensor gets, a Recipe or the path of its file
-    context   tokens of prompt and answer together; the model's own, or less, when None
+    context   tokens of prompt and answer together; the model's own when None
     threads   physical cores when None
     isa       an instruction set of `elute doctor`; the best when None
     progress  called with (stage, done, total)
@@ -331,9 +334,16 @@ def load(
     )
     files = packed.tokenizer_files()
     tokenizer = FileTokenizer.from_files(files)
-    executor = NativeExecutor(
-        op_list(packed.config), packed, context=context, n_threads=threads, isa=isa
-    )
+    ops = op_list(packed.config)
+    if context is not None and context > ops.context:
+        log.warning(
+            "%s: context %d is beyond the %d tokens that the model was trained for; answers get "
+            "worse there",
+            model,
+            context,
+            ops.context,
+        )
+    executor = NativeExecutor(ops, packed, context=context, n_threads=threads, isa=isa)
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
     return Model(
         executor,
