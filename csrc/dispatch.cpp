@@ -1,13 +1,20 @@
 #include "dispatch.h"
 
+#if defined(__x86_64__)
+#include <cpuid.h>
+#endif
+
 namespace elute {
 namespace {
 
 std::vector<KernelTable> detect() {
   std::vector<KernelTable> found = {{"scalar", &matmul_kernels_scalar, &float_kernels_scalar}};
 #if defined(__x86_64__)
+  // These also say whether the operating system keeps the wide registers. Clang before 18 does not know "f16c".
   __builtin_cpu_init();
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+  unsigned eax, ebx, ecx, edx;
+  const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)
     found.push_back({"avx2", &matmul_kernels_avx2, &float_kernels_avx2});
 #if defined(ELUTE_EMULATE_AVX512)
   const bool avx512 = found.size() == 2;
