@@ -200,17 +200,21 @@ ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t 
 #pragma GCC unroll 8
       for (int v = 0; v < kVectors; ++v) partial[r][v] = D::zero();
     for (int i = 0; i < run; ++i) {
-      Bytes c[kVectors];
-#pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) c[v] = load_bytes(codes + v * kBytes);
+      Bytes activations[Rows];
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const Bytes activations = broadcast_quad(q + r * q_stride);
+      for (int r = 0; r < Rows; ++r) activations[r] = broadcast_quad(q + r * q_stride);
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) D::add(partial[r][v], c[v], activations);
+      for (int v = 0; v < kVectors; ++v) {
+        const Bytes c = load_bytes(codes + v * kBytes);
+#pragma GCC unroll 16
+        for (int r = 0; r < Rows; ++r) D::add(partial[r][v], c, activations[r]);
       }
       codes += kPanel * kLutWidth;
       q += kLutWidth;
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) keep_in_register(partial[r][v]);
     }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
@@ -254,20 +258,27 @@ void gemm_rows(const MatrixView& w, const ActivationsView& x, int panel, const u
       }
       multiply_quads<Bits, Rows>(codes + quad * kPanel * kLutWidth, x.q + quad * kLutWidth, q_stride, quads, dot);
       left_in_group -= quads;
+      const bool first_of_group = left_in_group + quads == w.group_size / kLutWidth;
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r) {
         const float act_scale = rows[r].scales[block];
         const Floats act = set_floats(act_scale);
+        Floats part[kVectors];
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) group[r][v] = add(group[r][v], mul(act, to_floats(dot[r][v])));
+        for (int v = 0; v < kVectors; ++v) {
+          part[v] = mul(act, to_floats(dot[r][v]));
+          if (!first_of_group) part[v] = add(group[r][v], part[v]);
+        }
         x_sum[r] += act_scale * static_cast<float>(q_sum[r]);
+        if (left_in_group == 0) {
+          add_group(w, scales, offsets, part, x_sum[r], sums[r]);
+          x_sum[r] = 0;
+        } else {
+#pragma GCC unroll 8
+          for (int v = 0; v < kVectors; ++v) group[r][v] = part[v];
+        }
       }
       if (left_in_group == 0) {
-        for (int r = 0; r < Rows; ++r) {
-          add_group(w, scales, offsets, group[r], x_sum[r], sums[r]);
-          for (int v = 0; v < kVectors; ++v) group[r][v] = zero_floats();
-          x_sum[r] = 0;
-        }
         left_in_group = w.group_size / kLutWidth;
         scales += kPanel;
         if (offsets) offsets += kPanel;

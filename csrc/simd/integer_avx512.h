@@ -129,6 +129,11 @@ struct Dot {
   static void add(Partial& p, Bytes codes, Bytes q) { p = _mm512_dpbusd_epi32(p, codes, q); }
   static Ints total(Partial p) { return p; }
 };
+#ifdef ELUTE_EMULATE_AVX512
+inline void keep_in_register(__m512i&) {}
+#else
+inline void keep_in_register(__m512i& v) { asm("" : "+v"(v)); }
+#endif
 inline Bytes broadcast_quad(const int8_t* q) {
   int32_t word;
   __builtin_memcpy(&word, q, 4);

@@ -118,6 +118,8 @@ struct Dot {
   }
   static Ints total(Partial p) { return p; }
 };
+// Keeps a Partial that a loop carries in its register; see integer_avx2.h.
+inline void keep_in_register(Ints&) {}
 inline Bytes broadcast_quad(const int8_t* q) {
   Bytes r;
   for (int i = 0; i < kBytes; ++i) r.v[i] = static_cast<uint8_t>(q[i % 4]);
