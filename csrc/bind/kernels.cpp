@@ -10,7 +10,10 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
                        int n, int k, int bits, int group_size, int zero, const std::string& affine, int padding) {
   const auto refuse = [](const std::string& what) { throw std::invalid_argument("matrix: " + what); };
   if (bits < 1 || bits > 8) refuse("bits=" + std::to_string(bits) + ", wanted 1 to 8");
-  if (n < 1 || k < kLutWidth || k % kLutWidth) refuse("shape [" + std::to_string(n) + ", " + std::to_string(k) + "]");
+  if (zero < 0 || zero > 255) refuse("zero=" + std::to_string(zero) + ", wanted 0 to 255");
+  constexpr int kMostSide = 1 << 30;  // rounds up to whole panels and blocks within an int
+  if (n < 1 || n > kMostSide || k < kLutWidth || k > kMostSide || k % kLutWidth)
+    refuse("shape [" + std::to_string(n) + ", " + std::to_string(k) + "]");
   const bool groups_fit = group_size == k || (group_size >= kSumRun && k % group_size == 0 &&
                                               (kActBlock % group_size == 0 || group_size % kActBlock == 0));
   if (!groups_fit) refuse("group_size=" + std::to_string(group_size) + " does not fit K=" + std::to_string(k));

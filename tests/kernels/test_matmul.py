@@ -190,6 +190,8 @@ def test_wrong_arguments_are_refused_not_read() -> None:
         ({"planes": packed.planes}, "with padding"),
         ({"offsets": None}, "offsets are missing"),
         ({"bits": 9}, "wanted 1 to 8"),
+        ({"zero": 256}, "zero=256, wanted 0 to 255"),
+        ({"n": 2**31 - 1}, r"shape \[2147483647, 64\]"),
         ({"group_size": 48}, "group_size=48"),
         ({"scales": packed.scales[:, :1]}, "wrong shape"),
         ({"scales": packed.scales.view(np.int16)}, "not float16"),
