@@ -24,7 +24,7 @@ CHAT_TEMPLATE = "chat_template.jinja"
 ALIGNMENT = 4096  # a page, and the strictest O_DIRECT alignment in use
 OVER_READ = 64  # readable bytes after the planes: one AVX-512 register beyond the last quad
 MIN_GROUP = 16
-_MAX_SIDE = 1 << 31  # rows and columns are int32 in the kernels
+_MAX_SIDE = 1 << 30  # rows and columns, rounded up to panels and blocks, are int32 in the kernels
 
 
 def align(n_bytes: int) -> int:
