@@ -18,9 +18,10 @@ inline void pause() {
 }
 
 // Waits for `value` to leave `old`: spinning first, since the others are usually microseconds away, then sleeping. It
-// yields between spins, since the last one to arrive may be waiting for this very core.
+// yields between spins, since the last one to arrive may be waiting for this very core. It sleeps late, since a core
+// that falls idle takes longer to come back than most waits last, a virtual one above all.
 void wait_for_change(std::atomic<uint32_t>& value, uint32_t old) {
-  constexpr int kSpins = 4000;  // about 50 us at 40 cycles a pause
+  constexpr int kSpins = 1 << 17;  // some 5 ms: a barrier's late thread, the sampling between two tokens
   // Two threads, 240 barriers 14 us of work apart, on two cores of a Zen 3 of which other programs use one: 7.5 ms,
   // and 31 ms without yielding (one thread alone: 6.7); on both: 15 and 46. With 128 it is 7.9.
   constexpr int kSpinsToYield = 64;
