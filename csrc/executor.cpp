@@ -13,13 +13,13 @@ namespace {
 // Rows up to which looking each one up beats dequantizing a panel and multiplying; both give the same bits. Time of
 // lookup over multiply by bench/lookup_rows.py, avx2 on Zen 3, [1536, 576]:
 //   rows    1     2     3     4     5     6     7     8
-//   2 bits  0.50  0.54  0.62  0.62  0.67  0.66  0.69  0.68
-//   3 bits  0.45  0.60  0.74  0.79  0.87  0.90  0.95  0.97
-//   4 bits  0.61  0.81  0.92  1.03  1.05  1.16  1.16  1.21
-//   6 bits  0.66  0.85  1.03  1.14  1.22  1.33  1.36  1.44
-//   8 bits  0.97  1.13  1.29  1.33  1.36  1.48  1.45  1.57
+//   2 bits  0.47  0.63  0.70  0.78  0.82  0.85  0.89  0.90
+//   3 bits  0.41  0.62  0.78  0.93  0.99  1.08  1.15  1.19
+//   4 bits  0.49  0.72  0.79  1.01  1.04  1.21  1.15  1.22
+//   6 bits  0.49  0.75  0.93  1.12  1.22  1.31  1.37  1.46
+//   8 bits  0.63  0.87  0.97  1.13  1.24  1.28  1.35  1.45
 constexpr int kMostLookupRows = 8;
-int lookup_rows(int bits) { return bits <= 3 ? kMostLookupRows : bits < 8 ? 3 : 1; }
+int lookup_rows(int bits) { return bits <= 2 ? kMostLookupRows : bits == 3 ? 5 : 3; }
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -175,8 +175,11 @@ void Executor::multiply(const MatrixView& w, int n_rows, Range panels, const flo
   const bool lookup = n_rows <= lookup_rows(w.bits);
   const ActivationsView x = activations(w.k, lookup);
   if (lookup) {
-    for (int r = 0; r < n_rows; ++r)
-      kernels_.matmul->lut_matmul(w, x.from_row(r), panels.begin, panels.end, bias, y + r * ldy);
+    // One row streams all its panels; several share each panel while it is in the cache.
+    const int step = n_rows == 1 ? panels.end - panels.begin : 1;
+    for (int panel = panels.begin; panel < panels.end; panel += step)
+      for (int r = 0; r < n_rows; ++r)
+        kernels_.matmul->lut_matmul(w, x.from_row(r), panel, panel + step, bias, y + r * ldy);
   } else {
     kernels_.matmul->lut_gemm(w, x, n_rows, panels.begin, panels.end, bias, y, ldy,
                               gemm_scratch_[thread].as<uint8_t>());
