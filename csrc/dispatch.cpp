@@ -8,14 +8,14 @@ namespace elute {
 namespace {
 
 std::vector<KernelTable> detect() {
-  std::vector<KernelTable> found = {{"scalar", &matmul_kernels_scalar, &float_kernels_scalar}};
+  std::vector<KernelTable> found = {{"scalar", &matmul_kernels_scalar, &float_kernels_scalar, &ceiling_kernels_scalar}};
 #if defined(__x86_64__)
   // These also say whether the operating system keeps the wide registers. Clang before 18 does not know "f16c".
   __builtin_cpu_init();
   unsigned eax, ebx, ecx, edx;
   const bool f16c = __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx & bit_F16C);
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)
-    found.push_back({"avx2", &matmul_kernels_avx2, &float_kernels_avx2});
+    found.push_back({"avx2", &matmul_kernels_avx2, &float_kernels_avx2, &ceiling_kernels_avx2});
 #if defined(ELUTE_EMULATE_AVX512)
   const bool avx512 = found.size() == 2;
 #else
@@ -23,7 +23,7 @@ std::vector<KernelTable> detect() {
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
 #endif
-  if (avx512) found.push_back({"avx512", &matmul_kernels_avx512, &float_kernels_avx512});
+  if (avx512) found.push_back({"avx512", &matmul_kernels_avx512, &float_kernels_avx512, &ceiling_kernels_avx512});
 #endif
   return found;
 }

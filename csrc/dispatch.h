@@ -4,6 +4,7 @@
 #include <string_view>
 #include <vector>
 
+#include "kernels/ceilings.h"
 #include "kernels/float_kernels.h"
 #include "kernels/matmul.h"
 
@@ -13,6 +14,7 @@ struct KernelTable {
   std::string_view isa;  // scalar, avx2, avx512
   const MatmulKernels* matmul;
   const FloatKernels* floats;
+  const CeilingKernels* ceilings;
 };
 
 // Levels that this CPU supports, slowest first. With ELUTE_EMULATE_AVX512 avx512 is always among them, but never best.

@@ -1,8 +1,9 @@
 // The matmul kernels one by one, for tests and benchmarks: arrays in, arrays out.
 #include "bind/bind.h"
 
-#include <cstdlib>
 #include <cstring>
+
+#include "activations.h"
 
 namespace elute {
 
@@ -43,43 +44,6 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
 
 namespace {
 
-struct Free {
-  void operator()(void* p) const { std::free(p); }
-};
-template <typename T>
-std::unique_ptr<T[], Free> aligned(int64_t count) {
-  const int64_t bytes = (count * static_cast<int64_t>(sizeof(T)) + 63) / 64 * 64 + 64;
-  void* p = std::aligned_alloc(64, bytes);
-  if (!p) throw std::bad_alloc();
-  std::memset(p, 0, bytes);
-  return std::unique_ptr<T[], Free>(static_cast<T*>(p));
-}
-
-// Owns quantized activations.
-struct Activations {
-  int rows, blocks;
-  std::unique_ptr<int8_t[], Free> q;
-  std::unique_ptr<float[], Free> scales;
-  std::unique_ptr<int32_t[], Free> sums, lows;
-  std::unique_ptr<uint8_t[], Free> tables;
-  ActivationsView view;
-
-  Activations(const KernelTable& kernels, const ArrayIn<float, 2>& x, bool with_tables)
-      : rows(static_cast<int>(x.shape(0))), blocks(static_cast<int>((x.shape(1) + kActBlock - 1) / kActBlock)) {
-    const int64_t width = int64_t{blocks} * kActBlock;
-    q = aligned<int8_t>(rows * width);
-    scales = aligned<float>(rows * blocks);
-    sums = aligned<int32_t>(rows * width / kSumRun);
-    if (with_tables) {
-      lows = aligned<int32_t>(rows * width / kSumRun);
-      tables = aligned<uint8_t>(rows * width / kLutWidth * kTableBytes);
-    }
-    view = {q.get(), scales.get(), sums.get(), tables.get(), lows.get(), blocks};
-    const int k = static_cast<int>(x.shape(1));
-    for (int r = 0; r < rows; ++r) kernels.matmul->quantize(x.data() + int64_t{r} * k, k, view.from_row(r));
-  }
-};
-
 template <typename T, typename D>
 nb::object copied(const std::unique_ptr<T[], D>& data, std::initializer_list<size_t> shape) {
   size_t count = 1;
@@ -95,7 +59,8 @@ void bind_kernels(nb::module_& m) {
   m.def(
       "quantize_activations",
       [](const std::string& isa, const ArrayIn<float, 2>& x) {
-        const Activations a(kernels_named(isa), x, true);
+        const Activations a(kernels_named(isa), x.data(), static_cast<int>(x.shape(0)),
+                            static_cast<int>(x.shape(1)), true);
         const size_t rows = a.rows, blocks = a.blocks, runs = blocks * (kActBlock / kSumRun);
         return nb::make_tuple(copied(a.q, {rows, blocks * kActBlock}), copied(a.scales, {rows, blocks}),
                               copied(a.sums, {rows, runs}),
@@ -116,7 +81,7 @@ void bind_kernels(nb::module_& m) {
         auto y = std::make_unique<float[]>(int64_t{rows} * n);
         {
           nb::gil_scoped_release release;
-          const Activations a(kernels, x, lookup);
+          const Activations a(kernels, x.data(), rows, k, lookup);
           const float* b = bias ? bias->data() : nullptr;
           if (lookup) {
             for (int r = 0; r < rows; ++r)

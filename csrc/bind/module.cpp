@@ -20,4 +20,5 @@ NB_MODULE(_native, m) {
   elute::bind_kernels(m);
   elute::bind_float_kernels(m);
   elute::bind_executor(m);
+  elute::bind_bench(m);
 }

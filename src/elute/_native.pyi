@@ -127,3 +127,21 @@ class Executor:
         all_logits: bool = False,
         want_logits: bool = True,
     ) -> _F32 | None: ...
+
+def read_gb_s(isa: str, n_threads: int, data: _U8) -> float: ...
+def multiply_gops(isa: str, n_threads: int) -> float: ...
+def matmul_seconds(
+    isa: str,
+    n_threads: int,
+    x: _F32,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+    repeats: int,
+) -> tuple[list[float], _F32]:
+    """planes u8 [copies, bytes + padding], scales f16 [copies, n_panels, groups, PANEL]"""

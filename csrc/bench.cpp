@@ -1,0 +1,79 @@
+#include "bench.h"
+
+#include <atomic>
+#include <chrono>
+
+#include "thread_pool.h"
+
+namespace elute {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+double seconds_since(Clock::time_point started) { return std::chrono::duration<double>(Clock::now() - started).count(); }
+
+// Seconds from the moment when all threads are there to the moment when the last has done work(thread).
+template <typename Work>
+double timed(ThreadPool& pool, const Work& work) {
+  double seconds = 0;
+  pool.run([&](int thread) {
+    pool.barrier();
+    const Clock::time_point started = Clock::now();
+    work(thread);
+    pool.barrier();
+    if (thread == 0) seconds = seconds_since(started);
+  });
+  return seconds;
+}
+
+}  // namespace
+
+double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes) {
+  ThreadPool pool(n_threads);
+  const int runs = static_cast<int>(n_bytes / kReadRun);
+  std::atomic<uint64_t> seen{0};
+  const double seconds = timed(pool, [&](int thread) {
+    const Range mine = share(runs, thread, n_threads);
+    seen |= kernels.ceilings->read(data + int64_t{mine.begin} * kReadRun, int64_t{mine.end - mine.begin} * kReadRun);
+  });
+  return double(runs) * kReadRun / seconds / 1e9;
+}
+
+double multiply_gops(const KernelTable& kernels, int n_threads) {
+  constexpr double kLeastSeconds = 0.004;  // a hundred times what threads need to meet
+  ThreadPool pool(n_threads);
+  std::vector<float> sums(n_threads);
+  for (int64_t n_steps = 1024;; n_steps *= 2) {
+    const double seconds = timed(pool, [&](int thread) { sums[thread] = kernels.ceilings->multiply(n_steps); });
+    if (seconds >= kLeastSeconds)
+      return 2.0 * kernels.ceilings->multiplies_per_step * double(n_steps) * n_threads / seconds / 1e9;
+  }
+}
+
+std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, const std::vector<MatrixView>& copies,
+                                   const Activations& x, int repeats, float* y) {
+  const int n = copies[0].n;
+  std::vector<AlignedArray<uint8_t>> scratch(n_threads);
+  if (x.rows > 1)
+    for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(copies[0].k));
+  ThreadPool pool(n_threads);
+  std::vector<double> seconds(repeats);
+  pool.run([&](int thread) {
+    const Range panels = share(copies[0].n_panels(), thread, n_threads);
+    for (int i = 0; i < repeats; ++i) {
+      const MatrixView& w = copies[i % copies.size()];
+      pool.barrier();
+      const Clock::time_point started = Clock::now();
+      if (panels.begin < panels.end) {
+        if (x.rows == 1) kernels.matmul->lut_matmul(w, x.view, panels.begin, panels.end, nullptr, y);
+        else
+          kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n, scratch[thread].get());
+      }
+      pool.barrier();
+      if (thread == 0) seconds[i] = seconds_since(started);
+    }
+  });
+  return seconds;
+}
+
+}  // namespace elute

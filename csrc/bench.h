@@ -1,0 +1,23 @@
+// Times kernels and what bounds them, on the threads of a pool that starts before the clock does. Python is not in it.
+#pragma once
+#include <cstdint>
+#include <vector>
+
+#include "activations.h"
+#include "dispatch.h"
+
+namespace elute {
+
+// Bytes a nanosecond at which all threads together read n_bytes once, each its own part in order. n_bytes is at least
+// n_threads * kReadRun; what does not fill a run is left out.
+double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes);
+
+// Int8 multiplies and adds a nanosecond of all threads together, operands in registers and the L1 cache.
+double multiply_gops(const KernelTable& kernels, int n_threads);
+
+// Seconds of each of `repeats` products y[M, N] = x @ w.T, the i-th with copies[i % size], all of one shape: by lookup for
+// one row, by dequantize and multiply for more. x is quantized before the clock starts. y f32 [M, N]: the last product.
+std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, const std::vector<MatrixView>& copies,
+                                   const Activations& x, int repeats, float* y);
+
+}  // namespace elute

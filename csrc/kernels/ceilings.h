@@ -1,0 +1,25 @@
+// What bounds a matmul on this CPU, to measure its speed against: reading memory in order, and int8 multiply-adds.
+// No kernel allocates, throws or knows of threads.
+#pragma once
+#include <cstdint>
+
+namespace elute {
+
+constexpr int kReadRun = 128;  // bytes: two cache lines
+
+struct CeilingKernels {
+  // Reads n_bytes (a positive multiple of kReadRun) once, in order; returns the or of all words.
+  uint64_t (*read)(const uint8_t* data, int64_t n_bytes);
+  // n_steps times the multiply-adds of lut_gemm's register tile, every operand in a register or the L1 cache. Returns
+  // the sum of all products, which is 0.
+  float (*multiply)(int64_t n_steps);
+  int multiplies_per_step;  // multiply-adds, of two operations each
+};
+
+extern const CeilingKernels ceiling_kernels_scalar;
+#if defined(__x86_64__)
+extern const CeilingKernels ceiling_kernels_avx2;
+extern const CeilingKernels ceiling_kernels_avx512;
+#endif
+
+}  // namespace elute

@@ -1,0 +1,271 @@
+"""Speed of the matmul kernels on random matrices, and what bounds it. Prints nothing.
+
+Decode is one row by lookup, prefill is several by dequantize and multiply. Every matrix is repeated
+over an arena larger than the caches and each product takes the next copy, so weights come from
+memory as in a model. Before each timing the ceilings are measured, with as many threads: reading
+the arena in order, and int8 multiply-adds on registers. Cases take turns, so that a disturbance of
+the machine hits all alike.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+
+from elute import _native
+from elute.errors import BudgetError, DeviceError, ShapeError
+from elute.pack.quads import check_groups, planes_bytes
+from elute.types import F16, F32, OVER_READ, PANEL, U8
+
+# The distinct [N, K] of a layer: query and output, key and value, gate and up, down.
+SHAPES = {
+    "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
+    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
+    "bitnet-3b": ((3200, 3200), (8640, 3200), (3200, 8640)),
+    "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
+}
+LEAST_ARENA_BYTES = 256 << 20
+L3_SIZES_IN_ARENA = 4
+PAGE_BYTES = 4096  # where the packed directory, too, starts a matrix
+# Multiplies and adds of one timing of several rows: some 10 ms, long against a thread's wake-up.
+PREFILL_OPERATIONS = 2_000_000_000
+F16_FROM, F16_BELOW = 0x2000, 0x3000  # bits of positive normal halves, 2^-7 to 2^-3
+
+
+@dataclass(frozen=True)
+class Case:
+    """One product y[rows, n] = x[rows, k] @ w[n, k].T; group_size 0 is one scale a row."""
+
+    n: int
+    k: int
+    bits: int
+    group_size: int
+    rows: int
+    threads: int
+
+    @property
+    def columns_per_scale(self) -> int:
+        return self.group_size or self.k
+
+    @property
+    def n_panels(self) -> int:
+        return -(-self.n // PANEL)
+
+    @property
+    def scales_shape(self) -> tuple[int, int, int]:
+        return self.n_panels, self.k // self.columns_per_scale, PANEL
+
+    @property
+    def n_bytes(self) -> int:
+        """What a product reads of the matrix: planes and scales."""
+        return planes_bytes(self.n, self.k, self.bits) + 2 * int(np.prod(self.scales_shape))
+
+    @property
+    def stride_bytes(self) -> int:
+        """From the planes of one copy to the next."""
+        size = planes_bytes(self.n, self.k, self.bits) + OVER_READ
+        return -(-size // PAGE_BYTES) * PAGE_BYTES
+
+    @property
+    def operations(self) -> int:
+        return 2 * self.n * self.k * self.rows
+
+
+@dataclass(frozen=True)
+class KernelSpeed:
+    """Of one case. gb_s counts planes and scales once a product; gops multiplies and adds.
+
+    Shares are of the ceilings measured right before this case's own timings.
+    """
+
+    shape: str
+    bits: int
+    group_size: int
+    threads: int
+    rows: int
+    ms: float
+    gb_s: float
+    bandwidth_share: float
+    gops: float
+    peak_share: float
+
+
+@dataclass(frozen=True)
+class Ceiling:
+    """Of all threads together, medians over the whole run."""
+
+    threads: int
+    read_gb_s: float
+    multiply_gops: float
+
+
+@dataclass
+class _Samples:
+    seconds: list[float] = field(default_factory=list)
+    read_gb_s: list[float] = field(default_factory=list)
+    multiply_gops: list[float] = field(default_factory=list)
+
+
+class _Arena:
+    """Random planes and scales that every case cuts its copies from."""
+
+    def __init__(self, cases: Sequence[Case], n_bytes: int) -> None:
+        self.n_bytes = max(n_bytes, *(case.stride_bytes for case in cases))
+        n_halves = max(self._copies(case) * int(np.prod(case.scales_shape)) for case in cases)
+        self._check_memory(self.n_bytes + 2 * n_halves)
+        random = np.random.Generator(np.random.PCG64(0))
+        self.planes: U8 = random.integers(0, 256, self.n_bytes, dtype=np.uint8)
+        bits = random.integers(F16_FROM, F16_BELOW, n_halves, dtype=np.uint16)
+        self._scales: F16 = bits.view(np.float16)
+
+    def _copies(self, case: Case) -> int:
+        return self.n_bytes // case.stride_bytes
+
+    def matrices(self, case: Case) -> tuple[U8, F16]:
+        """-> planes u8 [copies, stride_bytes], scales f16 [copies, n_panels, groups, PANEL]."""
+        copies = self._copies(case)
+        shape = (copies, *case.scales_shape)
+        planes = self.planes[: copies * case.stride_bytes].reshape(copies, case.stride_bytes)
+        return planes, self._scales[: int(np.prod(shape))].reshape(shape)
+
+    @staticmethod
+    def _check_memory(wanted: int) -> None:
+        import psutil
+
+        available = psutil.virtual_memory().available
+        if wanted > available:
+            raise BudgetError(
+                f"bench: the matrices take {wanted >> 20} MiB, but {available >> 20} MiB are "
+                "available; use smaller shapes or close other programs"
+            )
+
+
+def bench_kernels(
+    cases: Sequence[Case],
+    *,
+    isa: str | None = None,
+    repeats: int = 5,
+    arena_bytes: int | None = None,
+    progress: Callable[[int, int], None] | None = None,
+) -> tuple[list[KernelSpeed], list[Ceiling]]:
+    """Speed of every case and the ceilings of every thread count, medians over `repeats` rounds.
+
+    arena_bytes  memory that a round of products goes through; default_arena_bytes() when None
+    progress     is called with (timings done, timings in all)
+
+    Raises ShapeError for a case that cannot be packed, DeviceError for an instruction set that this
+    CPU lacks or threads that cannot be started, BudgetError when memory does not hold the matrices.
+    """
+    isa = isa or _native.best_isa()
+    if isa not in _native.isas():
+        raise DeviceError(
+            f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(_native.isas())}"
+        )
+    _check(cases, repeats)
+    arena = _Arena(cases, default_arena_bytes() if arena_bytes is None else arena_bytes)
+    samples = [_Samples() for _ in cases]
+    done = 0
+    try:
+        for _ in range(repeats):
+            for case, sample in zip(cases, samples, strict=True):
+                _measure(case, sample, isa, arena)
+                done += 1
+                if progress is not None:
+                    progress(done, repeats * len(cases))
+    except RuntimeError as error:  # of the thread pool, which says how many it could start
+        raise DeviceError(str(error)) from None
+    speeds = [_speed(case, sample) for case, sample in zip(cases, samples, strict=True)]
+    return speeds, _ceilings(cases, samples)
+
+
+def default_arena_bytes() -> int:
+    """So much that no cache of this machine keeps a copy until its next turn."""
+    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
+    try:
+        l3_bytes = int(path.read_text().strip().removesuffix("K")) << 10
+    except (OSError, ValueError):
+        l3_bytes = 0  # unknown here, or there is none
+    return max(LEAST_ARENA_BYTES, L3_SIZES_IN_ARENA * l3_bytes)
+
+
+def _check(cases: Sequence[Case], repeats: int) -> None:
+    if not cases or repeats < 1:
+        raise ShapeError(
+            f"bench: found {len(cases)} cases and {repeats} repeats, wanted at least one of each"
+        )
+    for case in cases:
+        where = f"{case.n}x{case.k}"
+        check_groups(case.k, case.columns_per_scale, where=where)
+        for name, value, least, most in (
+            ("N", case.n, 1, 1 << 30),
+            ("K", case.k, 4, 1 << 30),
+            ("bits", case.bits, 1, 8),
+            ("rows", case.rows, 1, 1 << 20),
+            ("threads", case.threads, 1, 512),
+        ):
+            if not least <= value <= most:
+                raise ShapeError(f"{where}: found {name}={value}, wanted {least} to {most}")
+
+
+def _measure(case: Case, sample: _Samples, isa: str, arena: _Arena) -> None:
+    planes, scales = arena.matrices(case)
+    sample.read_gb_s.append(_native.read_gb_s(isa, case.threads, arena.planes))
+    sample.multiply_gops.append(_native.multiply_gops(isa, case.threads))
+    decode = case.rows == 1
+    products = len(planes) if decode else max(1, PREFILL_OPERATIONS // case.operations)
+    seconds, _ = _native.matmul_seconds(
+        isa,
+        case.threads,
+        random_activations(case.rows, case.k),
+        planes,
+        scales,
+        None,
+        case.n,
+        case.bits,
+        case.columns_per_scale,
+        1 << case.bits - 1,
+        "symmetric",
+        products,
+    )
+    sample.seconds += seconds
+
+
+def random_activations(rows: int, k: int) -> F32:
+    """-> f32 [rows, k], the same on every machine."""
+    random = np.random.Generator(np.random.PCG64(k))
+    return random.standard_normal((rows, k), dtype=np.float32)
+
+
+def _speed(case: Case, sample: _Samples) -> KernelSpeed:
+    seconds = statistics.median(sample.seconds)
+    gb_s, gops = case.n_bytes / seconds / 1e9, case.operations / seconds / 1e9
+    return KernelSpeed(
+        shape=f"{case.n}x{case.k}",
+        bits=case.bits,
+        group_size=case.columns_per_scale,
+        threads=case.threads,
+        rows=case.rows,
+        ms=seconds * 1e3,
+        gb_s=gb_s,
+        bandwidth_share=gb_s / statistics.median(sample.read_gb_s),
+        gops=gops,
+        peak_share=gops / statistics.median(sample.multiply_gops),
+    )
+
+
+def _ceilings(cases: Sequence[Case], samples: Sequence[_Samples]) -> list[Ceiling]:
+    ceilings = []
+    for threads in dict.fromkeys(case.threads for case in cases):
+        own = [s for case, s in zip(cases, samples, strict=True) if case.threads == threads]
+        ceilings.append(
+            Ceiling(
+                threads=threads,
+                read_gb_s=statistics.median(x for s in own for x in s.read_gb_s),
+                multiply_gops=statistics.median(x for s in own for x in s.multiply_gops),
+            )
+        )
+    return ceilings

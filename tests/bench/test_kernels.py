@@ -1,0 +1,138 @@
+import dataclasses
+
+import numpy as np
+import pytest
+
+from elute import _native
+from elute.bench import kernels
+from elute.bench.kernels import Case, bench_kernels
+from elute.errors import BudgetError, DeviceError, ShapeError
+from elute.kernels.lut_matmul import reference
+from elute.types import OVER_READ, Affine, PackedMatrix
+
+ARENA_BYTES = 1 << 20
+CASE = Case(n=96, k=128, bits=2, group_size=64, rows=1, threads=1)
+
+
+def test_every_case_has_a_row_and_every_thread_count_its_ceilings():
+    cases = [
+        dataclasses.replace(CASE, bits=bits, rows=rows, threads=threads, group_size=group_size)
+        for bits in (1, 3, 8)
+        for rows, group_size in ((1, 64), (5, 0))
+        for threads in (1, 2)
+    ]
+    seen = []
+    speeds, ceilings = bench_kernels(
+        cases, repeats=2, arena_bytes=ARENA_BYTES, progress=lambda *at: seen.append(at)
+    )
+    assert seen[-1] == (24, 24)
+    assert [(s.bits, s.rows, s.threads, s.group_size) for s in speeds] == [
+        (c.bits, c.rows, c.threads, c.group_size or 128) for c in cases
+    ]
+    for speed in speeds:
+        assert speed.shape == "96x128"
+        assert 0 < speed.bandwidth_share < 1.5
+        assert 0 < speed.peak_share < 1.5
+        assert speed.gops == pytest.approx(2 * 96 * 128 * speed.rows / speed.ms / 1e6)
+        n_bytes = 96 * 128 * speed.bits / 8 + 2 * 96 * (128 / speed.group_size)
+        assert speed.gb_s == pytest.approx(n_bytes / speed.ms / 1e6)
+    assert [c.threads for c in ceilings] == [1, 2]
+    assert all(c.read_gb_s > 0 and c.multiply_gops > 0 for c in ceilings)
+
+
+@pytest.mark.parametrize(
+    ("changes", "error", "told"),
+    [
+        ({"k": 130}, ShapeError, "96x130: K=130 is not a multiple of 4"),
+        ({"group_size": 48}, ShapeError, "96x128: group_size=48 neither"),
+        ({"bits": 9}, ShapeError, "96x128: found bits=9, wanted 1 to 8"),
+        ({"rows": 0}, ShapeError, "96x128: found rows=0"),
+        ({"threads": 513}, ShapeError, "96x128: found threads=513, wanted 1 to 512"),
+        ({"n": 1 << 29, "k": 4096}, BudgetError, "use smaller shapes"),
+    ],
+)
+def test_a_case_that_cannot_be_measured_is_refused(changes, error, told):
+    with pytest.raises(error, match=told):
+        bench_kernels([dataclasses.replace(CASE, **changes)], arena_bytes=ARENA_BYTES)
+
+
+def test_no_case_and_unknown_instruction_sets_are_refused():
+    with pytest.raises(ShapeError, match="found 0 cases and 5 repeats"):
+        bench_kernels([])
+    with pytest.raises(DeviceError, match="found 'mmx', wanted one that this CPU runs"):
+        bench_kernels([CASE], isa="mmx")
+
+
+def test_shapes_of_known_models_can_be_packed():
+    for shapes in kernels.SHAPES.values():
+        assert all(k % 64 == 0 and n % 32 == 0 for n, k in shapes)
+
+
+def test_the_arena_exceeds_the_caches():
+    assert kernels.default_arena_bytes() >= 256 << 20
+
+
+def random_copies(n_copies: int, *, affine: Affine = Affine.MIN) -> dict:
+    """Arguments of matmul_seconds for w[40, 144], 3 bits, groups of 16."""
+    rng = np.random.default_rng(n_copies)
+    groups = (n_copies, 2, 9, 32)
+    return {
+        "planes": rng.integers(0, 256, (n_copies, 2 * 36 * 16 * 3 + OVER_READ), np.uint8),
+        "scales": rng.uniform(0.01, 0.1, groups).astype(np.float16),
+        "offsets": rng.normal(0, 1, groups).astype(np.float16),
+        "n": 40, "bits": 3, "group_size": 16, "zero": 0, "affine": str(affine), "repeats": 3,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_timed_product_is_the_reference_s(isa, rows, threads):
+    given = random_copies(2)
+    x = kernels.random_activations(rows, 144)
+    seconds, y = _native.matmul_seconds(isa, threads, x, **given)
+    assert len(seconds) == 3
+    assert all(s > 0 for s in seconds)
+    used = 2 % 2  # the third product takes the first copy again
+    matrix = PackedMatrix(
+        (40, 144), given["planes"][used][:-OVER_READ], given["scales"][used],
+        given["offsets"][used], Affine.MIN, 0, 3, 16,
+    )  # fmt: skip
+    assert np.array_equal(y, reference.lut_matmul(x, matrix))
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_ceilings_are_positive(isa):
+    data = np.zeros(4096, np.uint8)
+    assert _native.read_gb_s(isa, 2, data) > 0
+    assert _native.multiply_gops(isa, 1) > 0
+
+
+@pytest.mark.parametrize(
+    ("changes", "told"),
+    [
+        ({"isa": "mmx"}, "isa: found 'mmx'"),
+        ({"n_threads": 0}, "n_threads: found 0, wanted 1 to 512"),
+        ({"repeats": 0}, "repeats: found 0, wanted at least 1"),
+        ({"x": np.zeros((0, 144), np.float32)}, "x: found 0 rows"),
+        ({"planes": np.zeros((0, 4096), np.uint8)}, "planes: found 0 copies"),
+        ({"planes": np.zeros((2, 4096), np.uint8)}, "scales: found 1 copies, wanted 2"),
+        ({"planes": np.zeros((1, 2 * 36 * 16 * 3), np.uint8)}, "matrix: planes hold 3456 bytes"),
+        ({"scales": np.zeros((1, 2, 9, 32), np.float32)}, "matrix: scales are not float16"),
+        ({"scales": np.zeros((1, 2, 8, 32), np.float16)}, "matrix: scales have the wrong shape"),
+        ({"offsets": np.zeros((2, 2, 9, 32), np.float16)}, "offsets: found 2 copies, wanted 1"),
+        ({"offsets": None}, "matrix: offsets are missing"),
+    ],
+)
+def test_wrong_arguments_of_a_timing_are_refused_in_a_sentence(changes, told):
+    given = {"isa": "scalar", "n_threads": 1, "x": np.zeros((1, 144), np.float32)}
+    given |= random_copies(1) | changes
+    with pytest.raises(ValueError, match=told):
+        _native.matmul_seconds(**given)
+
+
+def test_wrong_arguments_of_a_ceiling_are_refused_in_a_sentence():
+    with pytest.raises(ValueError, match="data: found 64 bytes, wanted 256 to"):
+        _native.read_gb_s("scalar", 2, np.zeros(64, np.uint8))
+    with pytest.raises(ValueError, match="n_threads: found 513"):
+        _native.multiply_gops("scalar", 513)
