@@ -27,7 +27,7 @@ check: $(VENV)/.check
 	$(BIN)/lint-imports
 
 bench: $(VENV)/.demo
-	@$(BIN)/elute bench default
+	@$(BIN)/elute bench model default
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) -m venv failed; install python3-venv (Debian) or set PYTHON=" >&2; rm -rf $(VENV); exit 1; }

@@ -119,22 +119,62 @@ def test_eval_says_what_is_wrong_with_the_text(run, folder, tmp_path):
 
 def test_bench_prints_llama_bench_names(run, folder):
     sizes = ["--prompt", 16, "--generate", 4, "--repeats", 2, "--threads", "1,2"]
-    code, out, err = run("bench", folder, *sizes)
+    code, out, err = run("bench", "model", folder, *sizes)
     assert code == 0, err
     assert [line.split()[:2] for line in out.splitlines()[1:]] == [
         ["pp16", "1"], ["pp16", "2"], ["tg4", "1"], ["tg4", "2"],
     ]  # fmt: skip
-    told = json.loads(run("bench", folder, *sizes, "--json")[1])
+    told = json.loads(run("bench", "model", folder, *sizes, "--json")[1])
     assert len(told["results"]) == 4
-    assert run("bench", folder, "--threads", "0")[0] == 2
+    assert run("bench", "model", folder, "--threads", "0")[0] == 2
 
 
 def test_bench_measures_the_smallest_sizes_and_refuses_none(run, folder):
-    assert run("bench", folder, "--prompt", 1, "--generate", 0, "--repeats", 1)[0] == 0
-    code, _, err = run("bench", folder, "--prompt", 0, "--generate", 0)
+    assert run("bench", "model", folder, "--prompt", 1, "--generate", 0, "--repeats", 1)[0] == 0
+    code, _, err = run("bench", "model", folder, "--prompt", 0, "--generate", 0)
     assert code == 2
     assert "nothing is left to measure" in err
-    assert run("bench", folder, "--prompt", -5)[0] == 2
+    assert run("bench", "model", folder, "--prompt", -5)[0] == 2
+
+
+def test_bench_kernels_shows_a_row_a_case_beside_the_ceilings(run, monkeypatch):
+    monkeypatch.setattr("elute.bench.kernels.default_arena_bytes", lambda: 1 << 20)
+    given = ["bench", "kernels", "--bits", "2,4", "--threads", "1,2", "--shape", "96x128,32x64"]
+    given += ["--rows", "1,3", "--group-size", 0, "--repeats", 1]
+    code, out, err = run(*given)
+    assert code == 0, err
+    lines = out.splitlines()
+    assert lines[0].startswith("ceilings of 1 thread: read ")
+    assert lines[3].split()[:5] == ["96x128", "2", "128", "1", "1"]
+    assert len(lines) == 2 + 1 + 2 * 2 * 2 * 2
+    told = json.loads(run(*given, "--json")[1].splitlines()[-1])
+    assert [c["threads"] for c in told["ceilings"]] == [1, 2]
+    assert len(told["rows"]) == 16
+    assert set(told["rows"][0]) == {
+        "shape", "bits", "group_size", "threads", "rows",
+        "ms", "gb_s", "bandwidth_share", "gops", "peak_share",
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "told"),
+    [
+        ("--bits", "0", "found '0' in --bits, wanted numbers from 1 to 8"),
+        ("--rows", "many", "found 'many' in --rows, wanted numbers from 1"),
+        ("--shape", "4096", "found '4096' in --shape, wanted sizes such as 4096x4096"),
+    ],
+)
+def test_bench_kernels_refuses_what_it_cannot_measure(run, option, value, told):
+    code, _, err = run("bench", "kernels", option, value)
+    assert code == 2
+    assert told in " ".join(err.split())
+
+
+def test_bench_names_its_two_verbs(run):
+    code, out, _ = run("bench", "--help")
+    assert code == 0
+    assert all(verb in out for verb in ("model", "kernels"))
+    assert run("bench", "tiny")[0] == 2
 
 
 def test_doctor_is_content_with_this_machine(run):

@@ -6,24 +6,36 @@ import importlib
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import click
 
-# verb -> its line in `elute --help`; the module elute.cli.<verb> has the command, named `command`
+# verb -> its line in `elute --help`
 VERBS = {
     "run": "Answer one prompt.",
     "chat": "Talk with a model.",
     "convert": "Pack a model into a folder.",
     "info": "Show what a model consists of.",
     "eval": "Measure the perplexity of a model on a text.",
-    "bench": "Measure prompt and generation speed.",
+    "bench": "Measure the speed of a model or of the kernels.",
     "doctor": "Show what elute finds on this machine.",
 }
 
 
 class VerbGroup(click.Group):
-    """Knows the names and one-line helps of the verbs without importing them."""
+    """Knows the names and one-line helps of its verbs without importing them.
+
+    verbs    verb -> its line in the help
+    modules  the module <modules><verb> has the verb's command, named `command`
+    """
+
+    def __init__(
+        self, *arguments: Any, verbs: Mapping[str, str], modules: str, **keywords: Any
+    ) -> None:
+        super().__init__(*arguments, **keywords)
+        self._verbs = verbs
+        self._modules = modules
 
     def invoke(self, ctx: click.Context) -> Any:
         """Ends quietly when the reader of a pipe has enough; click itself would exit with 1."""
@@ -37,18 +49,18 @@ class VerbGroup(click.Group):
         return result
 
     def list_commands(self, ctx: click.Context) -> list[str]:
-        return list(VERBS)
+        return list(self._verbs)
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
-        if cmd_name not in VERBS:
+        if cmd_name not in self._verbs:
             return None
-        command = importlib.import_module(f"elute.cli.{cmd_name}").command
+        command = importlib.import_module(f"{self._modules}{cmd_name}").command
         assert isinstance(command, click.Command)
         return command
 
     def format_commands(self, ctx: click.Context, formatter: click.HelpFormatter) -> None:
         with formatter.section("Commands"):
-            formatter.write_dl(list(VERBS.items()))
+            formatter.write_dl(list(self._verbs.items()))
 
 
 class _Stderr(logging.Handler):
@@ -60,6 +72,8 @@ class _Stderr(logging.Handler):
 
 @click.group(
     cls=VerbGroup,
+    verbs=VERBS,
+    modules="elute.cli.",
     context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 96},
     invoke_without_command=True,
 )

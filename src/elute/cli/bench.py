@@ -1,111 +1,15 @@
-"""`elute bench`: prompt and generation speed."""
+"""`elute bench`: the group of what can be measured."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from elute.cli.application import VerbGroup
 
-import click
-
-from elute.cli import options
-
-
-@click.command("bench")
-@click.argument("model", default="default")
-@click.option(
-    "--prompt",
-    type=click.IntRange(0),
-    default=512,
-    show_default=True,
-    help="Tokens of pp; 0 leaves it out.",
+command = VerbGroup(
+    "bench",
+    verbs={
+        "model": "Measure prompt and generation speed of a model.",
+        "kernels": "Measure the matmul kernels against this machine's ceilings.",
+    },
+    modules="elute.cli.bench_",
+    help="Measure speed: of a whole model, or of the matmul kernels alone.",
 )
-@click.option(
-    "--generate",
-    type=click.IntRange(0),
-    default=128,
-    show_default=True,
-    help="Tokens of tg; 0 leaves it out.",
-)
-@click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
-@click.option(
-    "--threads", metavar="N,N", help="Thread counts to compare.  [default: 1 to all physical cores]"
-)
-@click.option("--isa", help="Instruction set to use instead of the best one; see doctor.")
-@options.pack_options
-@options.as_json
-@options.quiet
-def command(
-    model: str,
-    prompt: int,
-    generate: int,
-    repeats: int,
-    threads: str | None,
-    isa: str | None,
-    as_json: bool,
-    quiet: bool,
-    **given: Any,
-) -> None:
-    """Measure MODEL under the names of llama-bench: pp512 is a prompt, tg128 is generation.
-
-    Thread counts take turns within each repeat; figures are medians, with the best and the worst.
-    """
-    from elute.bench.end_to_end import WARM_UP_TOKENS, bench
-    from elute.cli.screen import Screen, answer_json, peak_memory_bytes
-    from elute.model.families import op_list
-    from elute.runtime.executor import Executor
-    from elute.runtime.store import open_packed
-
-    if prompt == generate == 0:
-        raise click.UsageError("wanted --prompt or --generate above 0: nothing is left to measure")
-    counts = _counts(threads)
-    with Screen(quiet=quiet) as screen:
-        packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
-        ops = op_list(packed.config)
-        context = max(prompt, generate, WARM_UP_TOKENS)
-        executors = {
-            n: Executor(ops, packed, context=context, n_threads=n, isa=isa) for n in counts
-        }
-        speeds = bench(
-            executors,
-            prompt=prompt,
-            generate=generate,
-            repeats=repeats,
-            progress=lambda done, total: screen("bench", done, total),
-        )
-    if as_json:
-        answer_json(
-            {
-                "model": model,
-                "bits_per_weight": round(packed.bits_per_weight, 3),
-                "isa": executors[counts[0]].isa,
-                "peak_memory_bytes": peak_memory_bytes(),
-                "results": [
-                    {
-                        key: round(value, 2) if isinstance(value, float) else value
-                        for key, value in dataclasses.asdict(speed).items()
-                    }
-                    for speed in speeds
-                ],
-            }
-        )
-        return
-    click.echo(f"{'test':<8}{'threads':>8}{'tok/s':>10}{'best':>10}{'worst':>10}")
-    for speed in speeds:
-        click.echo(
-            f"{speed.test:<8}{speed.n_threads:>8}{speed.median_tok_s:>10.1f}"
-            f"{speed.best_tok_s:>10.1f}{speed.worst_tok_s:>10.1f}"
-        )
-
-
-def _counts(threads: str | None) -> list[int]:
-    if threads is None:
-        from elute.runtime.executor import default_threads
-
-        return list(range(1, default_threads() + 1))
-    try:
-        counts = [int(part) for part in threads.split(",")]
-    except ValueError:
-        counts = []
-    if not counts or min(counts) < 1:
-        raise click.BadParameter(f"found {threads!r}, wanted numbers from 1 such as 1,2,4")
-    return list(dict.fromkeys(counts))

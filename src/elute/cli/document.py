@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import importlib
+from collections.abc import Iterator
 
 import click
 
-from elute.cli.application import VERBS, application
+from elute.cli.application import application
 
 INTRODUCTION = """\
 # Command line
@@ -26,11 +26,18 @@ WIDTH = 96
 
 def document() -> str:
     """The whole page."""
-    sections = [INTRODUCTION, _section("elute", application)]
-    for verb in VERBS:
-        command = importlib.import_module(f"elute.cli.{verb}").command
-        sections.append(_section(f"elute {verb}", command))
-    return "\n".join(sections)
+    return "\n".join([INTRODUCTION, *_sections("elute", application)])
+
+
+def _sections(name: str, command: click.Command) -> Iterator[str]:
+    """Of a command, then of those in it."""
+    context = click.Context(command, info_name=name)
+    yield _section(name, command)
+    if isinstance(command, click.Group):
+        for verb in command.list_commands(context):
+            inner = command.get_command(context, verb)
+            assert inner is not None
+            yield from _sections(f"{name} {verb}", inner)
 
 
 def _section(name: str, command: click.Command) -> str:

@@ -28,6 +28,34 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
     return decorate
 
 
+thread_counts = click.option(
+    "--threads", metavar="N,N", help="Thread counts to compare.  [default: 1 to all physical cores]"
+)
+
+
+def chosen_thread_counts(threads: str | None) -> list[int]:
+    """What the option thread_counts means."""
+    if threads is not None:
+        return whole_numbers("--threads", threads)
+    from elute.runtime.executor import default_threads
+
+    return list(range(1, default_threads() + 1))
+
+
+def whole_numbers(option: str, text: str, *, most: int | None = None) -> list[int]:
+    """A comma-separated list of numbers from 1, each once; a usage error when it is not one."""
+    try:
+        numbers = [int(part) for part in text.split(",")]
+    except ValueError:
+        numbers = []
+    if not numbers or min(numbers) < 1 or (most is not None and max(numbers) > most):
+        limits = "from 1" if most is None else f"from 1 to {most}"
+        raise click.BadParameter(
+            f"found {text!r} in {option}, wanted numbers {limits} such as 1,2,4"
+        )
+    return list(dict.fromkeys(numbers))
+
+
 pack_options = _all(
     click.option(
         "--bits",
