@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 import time
 from pathlib import Path
@@ -108,6 +109,13 @@ def peak_memory_bytes() -> int:
 
 def seconds_since_start() -> float:
     """Since the operating system started this program: what a user waited, imports and all."""
+    try:
+        # psutil adds a boot time of whole seconds; the kernel's own two clocks agree to 10 ms.
+        status = Path("/proc/self/stat").read_text()
+        started_ticks = int(status.rpartition(")")[2].split()[19])  # field 22; 2 may hold blanks
+        return time.clock_gettime(time.CLOCK_BOOTTIME) - started_ticks / os.sysconf("SC_CLK_TCK")
+    except (OSError, AttributeError, IndexError):
+        pass  # not Linux
     import psutil
 
     return time.time() - float(psutil.Process().create_time())
