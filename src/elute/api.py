@@ -316,7 +316,7 @@ def load(
               out, a quantized checkpoint keeps its codes and others get 4
     recipe    instead of bits: what each tensor gets, a Recipe or the path of its file
     context   tokens of prompt and answer together; the model's own when None
-    threads   physical cores when None
+    threads   default_threads() of runtime.threads when None
     isa       an instruction set of `elute doctor`; the best when None
     progress  called with (stage, done, total)
 

@@ -21,7 +21,7 @@ from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
 from elute.pack import quads
 from elute.quantize.rtn import quantize
-from elute.runtime.executor import CHUNK, MAX_CONTEXT, Executor, default_threads, isas
+from elute.runtime.executor import CHUNK, MAX_CONTEXT, Executor, isas
 from elute.types import F32, OVER_READ, PackedMatrix, QuantizedMatrix
 
 
@@ -170,7 +170,6 @@ def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
     for context in (0, MAX_CONTEXT + 1, 2**31 - 1, 10**12):
         with pytest.raises(ShapeError, match=f"context: found {context}, wanted 1 to"):
             Executor(ops, source, context=context)
-    assert 1 <= default_threads() <= 512
 
 
 def test_weights_of_another_shape_than_the_op_list_says_are_refused(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import platform
 import shutil
 from pathlib import Path
@@ -43,16 +42,17 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from elute.formats.sources import cache_dir
+    from elute.runtime.threads import thread_choice
 
-    cache = cache_dir()
+    cache, choice = cache_dir(), thread_choice()
     kernels = _kernels()
     return {
         "elute": _version("elute"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
         "cpu": _cpu_name(),
-        "cores": psutil.cpu_count(logical=False),
-        "usable_cores": _usable_cores(),
+        "threads": choice.count,
+        "threads_reason": str(choice),
         "memory_bytes": psutil.virtual_memory().total,
         "memory_available_bytes": psutil.virtual_memory().available,
         "memory_limit_bytes": memory_limit_bytes(),
@@ -101,11 +101,6 @@ def memory_limit_bytes(files: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
     return None
 
 
-def _usable_cores() -> int | None:
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity is not None else os.cpu_count()
-
-
 def _cpu_name() -> str:
     try:
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -142,7 +137,8 @@ def _page(found: dict[str, Any]) -> str:
     )
     lines = [
         ("elute", f"{found['elute']}, Python {found['python']}, {found['system']}"),
-        ("cpu", f"{found['cpu']}, {found['cores']} cores, {found['usable_cores']} usable"),
+        ("cpu", found["cpu"]),
+        ("threads", found["threads_reason"]),
         (
             "memory",
             f"{found['memory_bytes'] / MIB:.0f} MiB, "

@@ -37,7 +37,7 @@ def chosen_thread_counts(threads: str | None) -> list[int]:
     """What the option thread_counts means."""
     if threads is not None:
         return whole_numbers("--threads", threads)
-    from elute.runtime.executor import default_threads
+    from elute.runtime.threads import default_threads
 
     return list(range(1, default_threads() + 1))
 

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Sequence
-from pathlib import Path
 
 import numpy as np
 
@@ -23,6 +21,7 @@ from elute.model.ops import (
     Rope,
 )
 from elute.model.weights import check_shape, weight_shapes
+from elute.runtime.threads import default_threads
 from elute.types import F32, I32, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
@@ -273,29 +272,3 @@ def _columns(packed: PackedMatrix) -> list[int]:
 def isas() -> Sequence[str]:
     """Instruction-set levels that this CPU runs, slowest first."""
     return tuple(_native.isas())
-
-
-def default_threads() -> int:
-    """Physical cores that this process may use, by affinity mask and control group's quota."""
-    import psutil
-
-    allowed = (
-        len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    )
-    cores = psutil.cpu_count(logical=False) or allowed
-    return max(1, min(cores, allowed, _cpu_quota() or allowed))
-
-
-def _cpu_quota() -> int | None:
-    """Whole CPUs of the control group's quota (version 2, then 1), None without one."""
-    try:
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
-    except (OSError, ValueError):
-        try:
-            quota = Path("/sys/fs/cgroup/cpu/cpu.cfs_quota_us").read_text().strip()
-            period = Path("/sys/fs/cgroup/cpu/cpu.cfs_period_us").read_text().strip()
-        except OSError:
-            return None
-    if not quota.isdigit() or not period.isdigit() or int(period) == 0:
-        return None  # "max", or -1
-    return max(1, int(quota) // int(period))
