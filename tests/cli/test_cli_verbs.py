@@ -117,26 +117,6 @@ def test_eval_says_what_is_wrong_with_the_text(run, folder, tmp_path):
     assert "byte 4 is not UTF-8" in run("eval", folder, "--text", short)[2]
 
 
-def test_bench_prints_llama_bench_names(run, folder):
-    sizes = ["--prompt", 16, "--generate", 4, "--repeats", 2, "--threads", "1,2"]
-    code, out, err = run("bench", "model", folder, *sizes)
-    assert code == 0, err
-    assert [line.split()[:2] for line in out.splitlines()[1:]] == [
-        ["pp16", "1"], ["pp16", "2"], ["tg4", "1"], ["tg4", "2"],
-    ]  # fmt: skip
-    told = json.loads(run("bench", "model", folder, *sizes, "--json")[1])
-    assert len(told["results"]) == 4
-    assert run("bench", "model", folder, "--threads", "0")[0] == 2
-
-
-def test_bench_measures_the_smallest_sizes_and_refuses_none(run, folder):
-    assert run("bench", "model", folder, "--prompt", 1, "--generate", 0, "--repeats", 1)[0] == 0
-    code, _, err = run("bench", "model", folder, "--prompt", 0, "--generate", 0)
-    assert code == 2
-    assert "nothing is left to measure" in err
-    assert run("bench", "model", folder, "--prompt", -5)[0] == 2
-
-
 def test_bench_kernels_shows_a_row_a_case_beside_the_ceilings(run, monkeypatch):
     monkeypatch.setattr("elute.bench.kernels.default_arena_bytes", lambda: 1 << 20)
     given = ["bench", "kernels", "--bits", "2,4", "--threads", "1,2", "--shape", "96x128,32x64"]

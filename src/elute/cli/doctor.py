@@ -41,6 +41,7 @@ def examine() -> dict[str, Any]:
     """The keys of --json. Sizes in bytes."""
     import psutil
 
+    from elute.bench.machine import cpu_name
     from elute.formats.sources import cache_dir
     from elute.runtime.threads import thread_choice
 
@@ -50,7 +51,7 @@ def examine() -> dict[str, Any]:
         "elute": _version("elute"),
         "python": platform.python_version(),
         "system": f"{platform.system()} {platform.release()} {platform.machine()}",
-        "cpu": _cpu_name(),
+        "cpu": cpu_name(),
         "threads": choice.count,
         "threads_reason": str(choice),
         "memory_bytes": psutil.virtual_memory().total,
@@ -99,16 +100,6 @@ def memory_limit_bytes(files: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
         if text.isdigit() and int(text) < NO_LIMIT_BYTES:
             return int(text)
     return None
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    except OSError:
-        pass  # not Linux: what Python knows must do
-    return platform.processor() or platform.machine()
 
 
 def _version(package: str) -> str | None:

@@ -29,7 +29,10 @@ def _all(*options: Callable[[Any], Any]) -> Callable[[Function], Function]:
 
 
 thread_counts = click.option(
-    "--threads", metavar="N,N", help="Thread counts to compare.  [default: 1 to all physical cores]"
+    "-t",
+    "--threads",
+    metavar="N,N",
+    help="Thread counts to compare.  [default: 1 to all physical cores]",
 )
 
 
@@ -42,19 +45,25 @@ def chosen_thread_counts(threads: str | None) -> list[int]:
     return list(range(1, default_threads() + 1))
 
 
-def whole_numbers(option: str, text: str, *, most: int | None = None) -> list[int]:
-    """A comma-separated list of numbers from 1, each once; a usage error when it is not one."""
+def whole_numbers(option: str, text: str, *, least: int = 1, most: int | None = None) -> list[int]:
+    """A comma-separated list of numbers, each once; a usage error when it is not one."""
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
         numbers = []
-    if not numbers or min(numbers) < 1 or (most is not None and max(numbers) > most):
-        limits = "from 1" if most is None else f"from 1 to {most}"
+    if not numbers or min(numbers) < least or (most is not None and max(numbers) > most):
+        limits = f"from {least}" if most is None else f"from {least} to {most}"
         raise click.BadParameter(
             f"found {text!r} in {option}, wanted numbers {limits} such as 1,2,4"
         )
     return list(dict.fromkeys(numbers))
 
+
+recipe = click.option(
+    "--recipe",
+    type=click.Path(exists=True, dir_okay=False, path_type=Path),
+    help="A file that says what each tensor gets.",
+)
 
 pack_options = _all(
     click.option(
@@ -63,11 +72,7 @@ pack_options = _all(
         help="Bits a weight of linear layers, also where that quantizes a quantized model again.  "
         "[default: the model's own, or 4]",
     ),
-    click.option(
-        "--recipe",
-        type=click.Path(exists=True, dir_okay=False, path_type=Path),
-        help="A file that says what each tensor gets.",
-    ),
+    recipe,
 )
 
 load_options = _all(

@@ -1,0 +1,102 @@
+"""What is measured: a packed model, or a random one of a published shape."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from elute.bench.random_weights import RandomWeights
+from elute.bench.shapes import shape_config
+from elute.bench.traffic import Traffic, traffic
+from elute.model.families import op_list
+from elute.model.ops import Linear, OpList
+from elute.types import Affine, PackedMatrix, WeightSource
+
+if TYPE_CHECKING:
+    from elute.formats.packed import PackedModel
+    from elute.quantize.recipe import Recipe
+
+TERNARY = (2, 1)  # bits and zero of ternary codes
+
+
+@dataclass(frozen=True, eq=False)
+class Subject:
+    """A model in memory.
+
+    name    path, id or shape
+    stored  how most weights of linear layers are stored: bits, and columns that share a scale
+    gguf    a file with the same weights, where there is one
+    """
+
+    name: str
+    config: Mapping[str, Any]
+    ops: OpList
+    weights: WeightSource
+    stored: str
+    traffic: Traffic
+    gguf: Path | None = None
+
+    @property
+    def model_type(self) -> str:
+        """As llama-bench puts it: family, size, storage."""
+        size = self.traffic.n_params
+        shown = f"{size / 1e9:.2f}B" if size >= 1e9 else f"{size / 1e6:.0f}M"
+        return f"{self.config['model_type']} {shown} {self.stored}"
+
+
+def random_subject(shape: str, recipe: Recipe, *, vocabulary: int | None = None) -> Subject:
+    """CONFIGS[shape] with random weights. Raises BudgetError when memory does not hold them."""
+    config = shape_config(shape, vocabulary=vocabulary)
+    ops = op_list(config)
+    name = (
+        shape
+        if vocabulary in (None, shape_config(shape)["vocab_size"])
+        else f"{shape}-v{vocabulary}"
+    )
+    return _subject(name, config, ops, RandomWeights(ops, recipe))
+
+
+def packed_subject(name: str, packed: PackedModel) -> Subject:
+    """A packed model; gguf is the file that it was made from, where that still exists."""
+    source = Path(packed.source)
+    requantized = bool(packed.recipe.get("requantize"))
+    same = source.suffix == ".gguf" and source.is_file() and not requantized
+    return _subject(
+        name, packed.config, op_list(packed.config), packed, gguf=source if same else None
+    )
+
+
+def _subject(
+    name: str,
+    config: Mapping[str, Any],
+    ops: OpList,
+    weights: WeightSource,
+    *,
+    gguf: Path | None = None,
+) -> Subject:
+    return Subject(name, config, ops, weights, stored_as(ops, weights), traffic(ops, weights), gguf)
+
+
+def stored_as(ops: OpList, weights: WeightSource) -> str:
+    """The storage that most weights of linear layers have."""
+    kinds: Counter[str] = Counter()
+    for op in ops.ops:
+        if isinstance(op, Linear):
+            for name in op.weights:
+                packed = weights.matrix(name)
+                kinds[_kind(packed)] += packed.shape[0] * packed.shape[1]
+    return kinds.most_common(1)[0][0]
+
+
+def _kind(packed: PackedMatrix) -> str:
+    """Such as "4-bit g32", "4-bit+offset g64", "ternary row"."""
+    bits = f"{packed.bits}-bit"
+    if packed.affine is not Affine.SYMMETRIC:
+        bits += "+offset"
+    elif (packed.bits, packed.zero) == TERNARY:
+        bits = "ternary"
+    whole_row = packed.group_size == packed.shape[1]
+    return f"{bits} row" if whole_row else f"{bits} g{packed.group_size}"

@@ -1,0 +1,62 @@
+import dataclasses
+
+import pytest
+from test_random_weights import TINY
+
+from elute.bench.random_weights import RandomWeights, random_recipe
+from elute.bench.subject import stored_as
+from elute.bench.traffic import CachedLayer, traffic
+from elute.model.families import op_list
+
+LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192)
+HEAD = 64 * 80
+PADDED_HEAD = 64 * 96  # whole panels of 32 outputs
+
+
+def counted(config=TINY, **recipe):
+    ops = op_list(config)
+    return traffic(ops, RandomWeights(ops, random_recipe(outer_bits=8, **recipe)))
+
+
+def test_a_step_reads_every_linear_matrix_and_the_head_once():
+    found = counted(bits=4, group_size=32)
+    assert found.linear_weights == LINEAR
+    assert found.head_weights == HEAD
+    assert found.step_bytes == LINEAR * 4.5 / 8 + PADDED_HEAD * 8.5 / 8
+    assert found.n_params == LINEAR + HEAD + 5 * 64
+    assert found.model_bytes == found.step_bytes + 4 * 5 * 64
+
+
+def test_an_untied_embedding_is_part_of_the_model_but_not_of_a_step():
+    tied, untied = counted(bits=4), counted({**TINY, "tie_word_embeddings": False}, bits=4)
+    assert untied.step_bytes == tied.step_bytes
+    assert untied.model_bytes == tied.model_bytes + PADDED_HEAD * 8.5 / 8
+
+
+def test_the_cache_of_earlier_positions_is_read_too():
+    found = counted(bits=4)
+    position = 2 * 2 * 32  # keys and values of two heads of 16, f16
+    assert found.layers == (CachedLayer(position, None),) * 2
+    assert found.bytes_per_token(1, 0) == found.step_bytes + 2 * position
+    assert found.bytes_per_token(3, 10) == found.step_bytes + 2 * position * 12
+    windowed = dataclasses.replace(found, layers=(CachedLayer(position, 5),))
+    assert windowed.bytes_per_token(4, 3) == found.step_bytes + position * (4 + 5 + 5 + 5) / 4
+
+
+def test_a_prompt_multiplies_all_but_the_head_for_every_token():
+    assert counted(bits=4).prompt_operations(512) == 2 * (512 * LINEAR + HEAD)
+
+
+@pytest.mark.parametrize(
+    ("recipe", "told"),
+    [
+        ({"bits": 4, "group_size": 32}, "4-bit g32"),
+        ({"bits": 1, "group_size": 32}, "1-bit+offset g32"),
+        ({"bits": None, "group_size": 16}, "ternary g16"),
+        ({"bits": None, "group_size": None}, "ternary row"),
+    ],
+)
+def test_storage_is_told_in_short(recipe, told):
+    ops = op_list(TINY)
+    weights = RandomWeights(ops, random_recipe(outer_bits=8, **recipe))
+    assert stored_as(ops, weights) == told
