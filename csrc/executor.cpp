@@ -7,19 +7,10 @@
 #include <new>
 #include <utility>
 
+#include "matmul_rows.h"
+
 namespace elute {
 namespace {
-
-// Rows up to which looking each one up beats dequantizing a panel and multiplying; both give the same bits. Time of
-// lookup over multiply by bench/lookup_rows.py, avx2 on Zen 3, [1536, 576]:
-//   rows    1     2     3     4     5     6     7     8
-//   2 bits  0.47  0.63  0.70  0.78  0.82  0.85  0.89  0.90
-//   3 bits  0.41  0.62  0.78  0.93  0.99  1.08  1.15  1.19
-//   4 bits  0.49  0.72  0.79  1.01  1.04  1.21  1.15  1.22
-//   6 bits  0.49  0.75  0.93  1.12  1.22  1.31  1.37  1.46
-//   8 bits  0.63  0.87  0.97  1.13  1.24  1.28  1.35  1.45
-constexpr int kMostLookupRows = 8;
-int lookup_rows(int bits) { return bits <= 2 ? kMostLookupRows : bits == 3 ? 5 : 3; }
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
@@ -73,21 +64,25 @@ int Executor::add_rope_table(std::vector<float> inverse_frequencies, float facto
 }
 void Executor::add_op(Op op) { ops_.push_back(std::move(op)); }
 
-void Executor::finish() {
+void Executor::finish(const LookupRows& lookup_rows) {
+  lookup_rows_ = lookup_rows;
   for (int width : widths_) registers_.emplace_back(int64_t{chunk_} * width * 4);
   for (RopeTable& table : rope_tables_) {
     table.cos.resize(chunk_ * table.inverse_frequencies.size());
     table.sin.resize(table.cos.size());
   }
   cache_ = Pages(int64_t{n_layers_} * n_kv_heads_ * context_ * head_width_ * 2 * 2);
-  int widest = 0;
-  for (const MatrixView& m : matrices_) widest = std::max(widest, m.k);
+  int widest = 0, looked_up = 0;
+  for (const MatrixView& m : matrices_) {
+    widest = std::max(widest, m.k);
+    looked_up = std::max(looked_up, std::min(lookup_rows_[m.bits], chunk_));
+  }
   const int64_t padded = round_up(widest, kActBlock);
   q_ = Pages(chunk_ * padded);
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
-  tables_ = Pages(kMostLookupRows * padded / kLutWidth * kTableBytes);
-  lows_ = Pages(kMostLookupRows * padded / kSumRun * 4);
+  tables_ = Pages(looked_up * padded / kLutWidth * kTableBytes);
+  lows_ = Pages(looked_up * padded / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
     gemm_scratch_.emplace_back(gemm_scratch_bytes(widest));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
@@ -171,19 +166,11 @@ void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int
 
 void Executor::multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy,
                         int thread) {
-  if (panels.begin >= panels.end) return;
-  const bool lookup = n_rows <= lookup_rows(w.bits);
+  const bool lookup = looks_up(w, n_rows);
   const ActivationsView x = activations(w.k, lookup);
-  if (lookup) {
-    // One row streams all its panels; several share each panel while it is in the cache.
-    const int step = n_rows == 1 ? panels.end - panels.begin : 1;
-    for (int panel = panels.begin; panel < panels.end; panel += step)
-      for (int r = 0; r < n_rows; ++r)
-        kernels_.matmul->lut_matmul(w, x.from_row(r), panel, panel + step, bias, y + r * ldy);
-  } else {
-    kernels_.matmul->lut_gemm(w, x, n_rows, panels.begin, panels.end, bias, y, ldy,
-                              gemm_scratch_[thread].as<uint8_t>());
-  }
+  if (lookup) matmul_by_lookup(*kernels_.matmul, w, x, n_rows, panels, bias, y, ldy);
+  else
+    matmul_by_multiply(*kernels_.matmul, w, x, n_rows, panels, bias, y, ldy, gemm_scratch_[thread].as<uint8_t>());
 }
 
 void Executor::run(const LinearOp& op, const Call& call, int thread) {
@@ -192,7 +179,7 @@ void Executor::run(const LinearOp& op, const Call& call, int thread) {
   bool tables = false;
   for (int m : op.matrices) {
     total += matrices_[m].n_panels();
-    tables |= call.n <= lookup_rows(matrices_[m].bits);
+    tables |= looks_up(matrices_[m], call.n);
   }
   quantize_rows(op.input, op.columns, k, 0, share(call.n, thread, n_threads()), tables, thread);
   pool_.barrier();
@@ -272,7 +259,7 @@ void Executor::run(const HeadOp& op, const Call& call, int thread) {
   const int n_rows = call.n - first_row;
   pool_.barrier();  // the last row may be another thread's
   quantize_rows(op.input, op.columns, w.k, first_row, share(n_rows, thread, n_threads()),
-                n_rows <= lookup_rows(w.bits), thread);
+                looks_up(w, n_rows), thread);
   pool_.barrier();
   const Range panels = share(w.n_panels(), thread, n_threads());
   multiply(w, n_rows, panels, nullptr, call.logits, w.n, thread);

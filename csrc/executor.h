@@ -1,6 +1,7 @@
 // Runs an op list for the tokens of a chunk in one call. Built once per model from Python (runtime/executor.py), which
 // also keeps the weights alive; knows no file format and no architecture.
 #pragma once
+#include <array>
 #include <cstdint>
 #include <memory>
 #include <variant>
@@ -69,6 +70,9 @@ using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateO
 
 constexpr int kMaxContext = 1 << 24;  // the last position that is exact in f32, as rotary angles need it
 
+// [bits]: the most rows that are looked up; more are multiplied. Index 0 is not used.
+using LookupRows = std::array<int, 9>;
+
 class Executor {
  public:
   // context: positions in the cache, at most kMaxContext, rounded up to whole tiles; chunk: most tokens of one call.
@@ -80,7 +84,7 @@ class Executor {
   int add_matrix(const MatrixView& view);
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   void add_op(Op op);
-  void finish();  // allocates; no additions after it
+  void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
 
   // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
   // Indices are the caller's to check (bind/executor.cpp does).
@@ -114,6 +118,7 @@ class Executor {
   ActivationsView activations(int k, bool tables) const;  // of the op that runs
   void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
                      int thread);
+  bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
   void multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy, int thread);
 
   const KernelTable& kernels_;
@@ -122,6 +127,7 @@ class Executor {
   std::vector<int> widths_;
   std::vector<Pages> registers_;
   std::vector<MatrixView> matrices_;
+  LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
   Pages cache_, q_, act_scales_, sums_, tables_, lows_;

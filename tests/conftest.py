@@ -22,6 +22,18 @@ def default_gguf() -> Path:
     return path
 
 
+@pytest.fixture(scope="session", autouse=True)
+def kernels_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Where this session keeps what the race of the kernels measured, instead of in the user's
+    cache."""
+    from elute.kernels import registry
+
+    folder = tmp_path_factory.mktemp("kernels")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "cache_dir", lambda: folder)
+        yield folder / "kernels.json"
+
+
 @pytest.fixture(autouse=True)
 def _elute_logger() -> Iterator[None]:
     """Commands and some tests set up the `elute` logger; the next test finds it as it was."""

@@ -97,10 +97,15 @@ class BoundExecutor {
     check_columns(columns, width(input));
     add(HeadOp{input, matrix, std::move(columns), softcap});
   }
-  void finish() {
+  // lookup_rows: of 1 to 8 bits.
+  void finish(const std::vector<int>& lookup_rows) {
     want(!finished_, "a second finish()");
+    if (lookup_rows.size() != 8 || *std::min_element(lookup_rows.begin(), lookup_rows.end()) < 0)
+      throw std::invalid_argument("lookup_rows: wanted 8 counts from 0, for 1 to 8 bits");
+    LookupRows by_bits{};
+    std::copy(lookup_rows.begin(), lookup_rows.end(), by_bits.begin() + 1);
     want(executor_->vocabulary() > 0 && executor_->embedding_rows() > 0, "executor: no embed or no head");
-    executor_->finish();
+    executor_->finish(by_bits);
     finished_ = true;
   }
 
@@ -177,7 +182,7 @@ void bind_executor(nb::module_& m) {
       .def("gate", &BoundExecutor::gate, nb::arg("gate"), nb::arg("up"), nb::arg("output"), nb::arg("activation"))
       .def("add", &BoundExecutor::add_to, nb::arg("input"), nb::arg("output"))
       .def("head", &BoundExecutor::head, nb::arg("input"), nb::arg("matrix"), nb::arg("columns"), nb::arg("softcap"))
-      .def("finish", &BoundExecutor::finish)
+      .def("finish", &BoundExecutor::finish, nb::arg("lookup_rows"))
       .def("forward", &BoundExecutor::forward, nb::arg("tokens"), nb::arg("position"), nb::arg("all_logits") = false,
            nb::arg("want_logits") = true);
 }

@@ -1,9 +1,12 @@
 // The matmul kernels one by one, for tests and benchmarks: arrays in, arrays out.
 #include "bind/bind.h"
 
+#include <algorithm>
 #include <cstring>
 
 #include "activations.h"
+#include "kernel_race.h"
+#include "matmul_rows.h"
 
 namespace elute {
 
@@ -83,12 +86,12 @@ void bind_kernels(nb::module_& m) {
           nb::gil_scoped_release release;
           const Activations a(kernels, x.data(), rows, k, lookup);
           const float* b = bias ? bias->data() : nullptr;
+          const Range all{0, w.n_panels()};
           if (lookup) {
-            for (int r = 0; r < rows; ++r)
-              kernels.matmul->lut_matmul(w, a.view.from_row(r), 0, w.n_panels(), b, y.get() + int64_t{r} * n);
+            matmul_by_lookup(*kernels.matmul, w, a.view, rows, all, b, y.get(), n);
           } else {
             auto scratch = aligned<uint8_t>(gemm_scratch_bytes(k));
-            kernels.matmul->lut_gemm(w, a.view, rows, 0, w.n_panels(), b, y.get(), n, scratch.get());
+            matmul_by_multiply(*kernels.matmul, w, a.view, rows, all, b, y.get(), n, scratch.get());
           }
         }
         return owned_array(std::move(y), {static_cast<size_t>(rows), static_cast<size_t>(n)});
@@ -98,6 +101,24 @@ void bind_kernels(nb::module_& m) {
       nb::arg("lookup") = true,
       "y f32 [M, N] = x @ w.T by lookup, or with lookup=False by dequantize and multiply; the same bits.");
 
+  m.def(
+      "race_seconds",
+      [](const std::string& isa, int bits, const std::vector<int>& rows, double budget_s) {
+        const KernelTable& kernels = kernels_named(isa);
+        if (bits < 1 || bits > 8 || rows.empty() || *std::min_element(rows.begin(), rows.end()) < 1 ||
+            *std::max_element(rows.begin(), rows.end()) > 1024)
+          throw std::invalid_argument("race_seconds: wanted bits of 1 to 8, rows of 1 to 1024");
+        std::vector<double> seconds;
+        {
+          nb::gil_scoped_release release;
+          seconds = race_seconds(kernels, bits, rows, budget_s);
+        }
+        auto out = std::make_unique<double[]>(seconds.size());
+        std::copy(seconds.begin(), seconds.end(), out.get());
+        return owned_array(std::move(out), {seconds.size() / rows.size() / 2, rows.size(), size_t{2}});
+      },
+      nb::arg("isa"), nb::arg("bits"), nb::arg("rows"), nb::arg("budget_s"),
+      "-> seconds f64 [rounds, rows, 2] of lookup and multiply on one thread, in turns; see kernel_race.h");
   m.def(
       "lut_dequant",
       [](const std::string& isa, const ArrayIn<uint8_t, 1>& planes, int n, int k, int bits) {

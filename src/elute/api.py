@@ -306,6 +306,7 @@ def load(
     context: int | None = None,
     threads: int | None = None,
     isa: str | None = None,
+    kernel: str = "auto",
     cache_dir: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
@@ -318,10 +319,12 @@ def load(
     context   tokens of prompt and answer together; the model's own when None
     threads   default_threads() of runtime.threads when None
     isa       an instruction set of `elute doctor`; the best when None
+    kernel    how weights are multiplied: "lookup", "multiply", or "auto", the faster one by a
+              measurement that the first start on a machine takes; answers are the same
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
-    BudgetError for a full disk, DeviceError for an unknown isa.
+    BudgetError for a full disk, DeviceError for an unknown isa or kernel.
     """
     from elute.formats.chat_template import ChatTemplate
     from elute.formats.tokenizer import Tokenizer as FileTokenizer
@@ -343,7 +346,9 @@ def load(
             context,
             ops.context,
         )
-    executor = NativeExecutor(ops, packed, context=context, n_threads=threads, isa=isa)
+    executor = NativeExecutor(
+        ops, packed, context=context, n_threads=threads, isa=isa, kernel=kernel
+    )
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
     return Model(
         executor,

@@ -1,4 +1,9 @@
-"""The error tree. Every message is one sentence: where, found, wanted, what to do."""
+"""The error tree. Every message is one sentence: where, found, wanted, what to do.
+
+And NOTE, the logging level of what a user should read once though nothing is wrong.
+"""
+
+NOTE = 25  # between INFO and WARNING
 
 
 class EluteError(Exception):

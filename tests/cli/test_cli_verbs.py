@@ -8,6 +8,7 @@ from tiny_folder import save_tiny_folder
 
 from elute import cli
 from elute.cli import doctor
+from elute.kernels import registry
 
 
 @pytest.fixture(scope="module")
@@ -88,6 +89,54 @@ def test_info_describes_and_verifies(run, folder, tmp_path):
     assert "sha256" in err
 
 
+def test_info_shows_what_multiplies_each_width_and_why(run, folder, kernels_file):
+    code, out, _ = run("info", folder, "--json")
+    told = json.loads(out)
+    assert code == 0
+    assert told["kernels_file"] == str(kernels_file)
+    assert [choice["bits"] for choice in told["kernels"]] == [4, 8]
+    for choice in told["kernels"]:
+        assert len(choice["lookup_over_multiply"]) == 11
+        assert "measured: lookup's time over multiply's is" in choice["reason"]
+    assert str(kernels_file) in run("info", folder)[1]
+    assert (
+        "4 bits: lookup of any number of tokens (forced)"
+        in run("info", folder, "--kernel", "lookup")[1]
+    )
+    assert (
+        "8 bits: multiply of any number of tokens (forced)"
+        in run("info", folder, "--kernel", "multiply")[1]
+    )
+
+
+def test_no_kernel_changes_an_answer(run, folder, text):
+    given = ["eval", folder, "--text", text, "--context", 64, "--windows", 2, "--json", "-q"]
+    told = {run(*given, "--kernel", kernel)[1] for kernel in ("auto", "lookup", "multiply")}
+    assert len(told) == 1
+    code, _, err = run(*given, "--kernel", "guess")
+    assert code == 2
+    assert "'guess' is not one of 'auto', 'lookup', 'multiply'" in err
+
+
+def test_the_kernels_are_measured_once_and_quiet_does_not_say_so(run, folder, kernels_file):
+    measured = "note: measuring lookup against multiply on this CPU, once\n"
+    for options, expected in (([], measured), (["-q"], "")):
+        registry._race.cache_clear()
+        registry._announce.cache_clear()
+        kernels_file.unlink(missing_ok=True)
+        assert run("info", folder, *options)[2] == expected
+        assert run("info", folder, *options)[2] == ""
+
+
+def test_verbose_says_why_a_measurement_is_not_kept(run, folder, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setattr(registry, "cache_dir", lambda: tmp_path / "file")
+    assert run("info", folder, "-q")[2] == ""
+    assert "measurements in no file, so each start measures" in run("info", folder)[1]
+    lines = run("-v", "info", folder)[2].splitlines()
+    assert len([line for line in lines if "cannot be written (" in line]) == 1
+
+
 def test_eval_ends_with_one_json_object(run, folder, text):
     code, out, err = run("eval", folder, "--text", text, "--context", 64, "--windows", 3, "--json")
     assert code == 0, err
@@ -158,9 +207,11 @@ def test_bench_names_its_two_verbs(run):
 
 
 def test_doctor_is_content_with_this_machine(run):
+    run("doctor")  # measures the kernels, which a line on stderr announces
     code, out, err = run("doctor", "--json")
     told = json.loads(out)
     assert (code, err) == (0, "")
+    assert [choice["bits"] for choice in told["kernels"]] == [1, 2, 3, 4, 5, 6, 7, 8]
     assert told["isa"] in told["isas"]
     assert all(told["kernel_test"].values())
     assert told["memory_bytes"] > 0

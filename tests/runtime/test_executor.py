@@ -16,6 +16,7 @@ from tiny import FAMILIES, tiny_checkpoint
 
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
 from elute.kernels.lut_matmul import reference as lut_matmul
+from elute.kernels.registry import Kernel
 from elute.model.families import op_list
 from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
@@ -129,6 +130,21 @@ def test_cuts_and_threads_do_not_change_a_bit(
             at = cut
 
 
+@pytest.mark.parametrize("isa", isas())
+def test_the_kernel_does_not_change_a_bit(isa: str, made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama", max_position_embeddings=400)
+    tokens = some_tokens(60, ops.vocabulary)
+    whole = Executor(ops, source, isa=isa, n_threads=2).forward(tokens, 0, all_logits=True)
+    for kernel in Kernel:
+        executor = Executor(ops, source, isa=isa, n_threads=2, kernel=kernel)
+        assert set(executor.kernels) == {3, 4, 5, 8}
+        at = 0
+        for n in (1, 2, 3, 4, 7, 16, 17, 10):
+            part = executor.forward(tokens[at : at + n], at, all_logits=True)
+            assert np.array_equal(part, whole[at : at + n]), (kernel, n)
+            at += n
+
+
 def test_the_last_logits_are_the_same_alone(made: Callable[..., Made]) -> None:
     ops, source, _ = made("qwen3")
     tokens = some_tokens(30, ops.vocabulary)
@@ -165,6 +181,8 @@ def test_bad_calls_get_a_sentence(made: Callable[..., Made]) -> None:
             executor.forward(tokens, position)
     with pytest.raises(DeviceError, match="found 'avx9'"):
         Executor(ops, source, isa="avx9")
+    with pytest.raises(DeviceError, match="kernel: found 'gemm', wanted one of auto, lookup, mul"):
+        Executor(ops, source, kernel="gemm")
     with pytest.raises(ShapeError, match="threads: found 0"):
         Executor(ops, source, n_threads=0)
     for context in (0, MAX_CONTEXT + 1, 2**31 - 1, 10**12):

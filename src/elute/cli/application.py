@@ -11,6 +11,8 @@ from typing import Any
 
 import click
 
+from elute.errors import NOTE
+
 # verb -> its line in `elute --help`
 VERBS = {
     "run": "Answer one prompt.",
@@ -64,7 +66,7 @@ class VerbGroup(click.Group):
 
 
 class _Stderr(logging.Handler):
-    """Warnings of the library, as lines on the stderr of the moment."""
+    """What the library has to say, as lines on the stderr of the moment."""
 
     def emit(self, record: logging.LogRecord) -> None:
         click.echo(f"{record.levelname.lower()}: {self.format(record)}", err=True)
@@ -78,8 +80,9 @@ class _Stderr(logging.Handler):
     invoke_without_command=True,
 )
 @click.option("--version", is_flag=True, help="Show the version and leave.")
+@click.option("-v", "--verbose", is_flag=True, help="Say more on stderr of what is done and why.")
 @click.pass_context
-def application(ctx: click.Context, version: bool) -> None:
+def application(ctx: click.Context, version: bool, verbose: bool) -> None:
     """Language models larger than the memory they are given, at 1-4 bits, on ordinary CPUs.
 
     MODEL is a path (a GGUF file, a Hugging Face folder, a packed folder), a Hugging Face id, or
@@ -90,8 +93,10 @@ def application(ctx: click.Context, version: bool) -> None:
     os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     logger = logging.getLogger("elute")
     if not any(isinstance(handler, _Stderr) for handler in logger.handlers):
-        logger.addHandler(_Stderr(logging.WARNING))
+        logging.addLevelName(NOTE, "note")
+        logger.addHandler(_Stderr())
         logger.propagate = False
+    logger.setLevel(logging.INFO if verbose else NOTE)
     if version:
         from importlib.metadata import version as version_of
 

@@ -77,7 +77,7 @@ OF_SHAPE = ("group_size", "head_bits", "vocabulary")
 )
 @click.option("-r", "--repeats", type=click.IntRange(1), default=5, show_default=True)
 @options.thread_counts
-@click.option("--isa", help="Instruction set to use instead of the best one; see doctor.")
+@options.kernel_options
 @options.as_json
 @options.quiet
 def command(
@@ -88,6 +88,7 @@ def command(
     repeats: int,
     threads: str | None,
     isa: str | None,
+    kernel: str,
     as_json: bool,
     quiet: bool,
     **given: Any,
@@ -116,7 +117,12 @@ def command(
         tests = speed_tests(prompt, generate, depths)
         executors = {
             n: Executor(
-                subject.ops, subject.weights, context=context_of(tests), n_threads=n, isa=isa
+                subject.ops,
+                subject.weights,
+                context=context_of(tests),
+                n_threads=n,
+                isa=isa,
+                kernel=kernel,
             )
             for n in counts
         }
@@ -134,6 +140,7 @@ def command(
                 "model": subject.name,
                 "bits_per_weight": round(subject.traffic.bits_per_weight, 3),
                 "isa": isa,
+                "kernel": kernel,
                 "results": [row(subject, speed, isa=isa) for speed in speeds],
             }
         )

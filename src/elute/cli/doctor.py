@@ -67,14 +67,23 @@ def examine() -> dict[str, Any]:
 
 
 def _kernels() -> dict[str, Any]:
-    """Instruction sets, the chosen one, and whether each multiplies right."""
+    """Instruction sets and whether each multiplies right; the best one, and its kernels."""
     from elute.errors import EluteError
 
     try:
+        from elute.cli.kernel_choice import kernels_json
+        from elute.kernels.registry import WIDTHS
         from elute.runtime.executor import isas
-        from elute.runtime.self_test import best_isa, kernels_are_right
+        from elute.runtime.self_test import kernels_are_right
     except ImportError as error:
-        return {"isas": [], "isa": None, "kernel_test": {}, "native_error": str(error)}
+        return {
+            "isas": [],
+            "isa": None,
+            "kernels": [],
+            "kernels_file": None,
+            "kernel_test": {},
+            "native_error": str(error),
+        }
     tested: dict[str, bool] = {}
     error_text = None
     for isa in isas():
@@ -84,7 +93,7 @@ def _kernels() -> dict[str, Any]:
             tested[isa], error_text = False, str(error)
     return {
         "isas": list(tested),
-        "isa": best_isa(),
+        **kernels_json(None, WIDTHS, "auto"),
         "kernel_test": tested,
         "native_error": error_text,
     }
@@ -120,6 +129,7 @@ def _size(path: Path) -> int:
 
 
 def _page(found: dict[str, Any]) -> str:
+    from elute.cli.kernel_choice import kernel_lines
     from elute.cli.screen import MIB
 
     limit = found["memory_limit_bytes"]
@@ -142,6 +152,7 @@ def _page(found: dict[str, Any]) -> str:
             f"{found['disk_free_bytes'] / MIB:.0f} MiB free",
         ),
         ("kernels", f"{tests or 'none'}; chosen: {found['isa']}"),
+        *(("", line) for line in (kernel_lines(found) if found["kernels"] else [])),
         ("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["libraries"].items())),
         ("verdict", "ready" if found["ok"] else f"not ready: {found['native_error'] or tests}"),
     ]

@@ -16,11 +16,13 @@ if TYPE_CHECKING:
 @click.command("info")
 @click.argument("model", default="default")
 @options.pack_options
+@options.kernel_options
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
 @options.as_json
 @options.quiet
 def command(model: str, verify: bool, as_json: bool, quiet: bool, **given: Any) -> None:
     """Show architecture, sizes and quantization of MODEL, packed first where it is not."""
+    from elute.cli.kernel_choice import kernels_json
     from elute.cli.screen import Screen, answer_json
     from elute.runtime.store import open_packed
 
@@ -29,6 +31,8 @@ def command(model: str, verify: bool, as_json: bool, quiet: bool, **given: Any) 
     if verify:
         packed.verify()
     told = describe(packed)
+    widths = {kind["bits"] for kind in told["matrices"]}
+    told |= kernels_json(given["isa"], widths, given["kernel"])
     if verify:
         told["verified"] = True
     if as_json:
@@ -81,6 +85,7 @@ def describe(packed: PackedModel) -> dict[str, Any]:
 
 
 def _page(told: dict[str, Any]) -> str:
+    from elute.cli.kernel_choice import kernel_lines
     from elute.cli.screen import MIB
 
     lines = [
@@ -97,6 +102,7 @@ def _page(told: dict[str, Any]) -> str:
             )
             for kind in told["matrices"]
         ),
+        *(("" if i else "kernels", line) for i, line in enumerate(kernel_lines(told))),
         ("context", f"{told['context']} tokens, {told['cache_bytes_per_token']} bytes each"),
         ("vocabulary", f"{told['vocabulary']}, answers end at {', '.join(told['end_tokens'])}"),
         ("chat", "has a template" if told["chat_template"] else "no template: use run --raw"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -15,7 +16,16 @@ if TYPE_CHECKING:
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
-quiet = click.option("-q", "--quiet", is_flag=True, help="Say nothing but the answer and errors.")
+
+def _hush(_ctx: click.Context, _option: click.Parameter, quiet: bool) -> bool:
+    if quiet:
+        logging.getLogger("elute").setLevel(logging.WARNING)
+    return quiet
+
+
+quiet = click.option(
+    "-q", "--quiet", is_flag=True, callback=_hush, help="Say nothing but the answer and errors."
+)
 as_json = click.option("--json", "as_json", is_flag=True, help="Print one JSON object on stdout.")
 
 
@@ -75,11 +85,23 @@ pack_options = _all(
     recipe,
 )
 
+kernel_options = _all(
+    click.option("--isa", help="Instruction set to use instead of the best one; see doctor."),
+    click.option(
+        "--kernel",
+        type=click.Choice(["auto", "lookup", "multiply"]),
+        default="auto",
+        metavar="KERNEL",
+        help="auto, lookup or multiply: how weights are multiplied, with the same answers; auto "
+        "is the faster one by measurement, see info.  [default: auto]",
+    ),
+)
+
 load_options = _all(
     pack_options,
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together."),
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]"),
-    click.option("--isa", help="Instruction set to use instead of the best one; see doctor."),
+    kernel_options,
 )
 
 # Longer than an answer with its reasoning; a small model that repeats itself never ends by itself.
@@ -133,5 +155,6 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         context=options["context"],
         threads=options["threads"],
         isa=options["isa"],
+        kernel=options["kernel"],
         progress=screen,
     )

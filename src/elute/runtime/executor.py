@@ -9,6 +9,7 @@ import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
+from elute.kernels import registry
 from elute.model.ops import (
     Add,
     Attention,
@@ -34,10 +35,12 @@ class Executor:
     context    positions of the cache; memory is taken as they are first used
     n_threads  default_threads() when None
     isa        one of isas(); the best when None
+    kernel     a registry.Kernel: what multiplies the weights; none changes a bit
+    kernels    what was chosen, by bit width
 
     Raises FormatError for a missing weight, ShapeError for one that the op list does not fit,
-    DeviceError for an instruction set that this CPU lacks or threads that cannot be started,
-    BudgetError for a cache beyond the address space.
+    DeviceError for an instruction set that this CPU lacks, an unknown kernel or threads that cannot
+    be started, BudgetError for a cache beyond the address space.
     """
 
     def __init__(
@@ -48,12 +51,9 @@ class Executor:
         context: int | None = None,
         n_threads: int | None = None,
         isa: str | None = None,
+        kernel: str = registry.Kernel.AUTO,
     ) -> None:
-        self.isa = isa or _native.best_isa()
-        if self.isa not in isas():
-            raise DeviceError(
-                f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(isas())}"
-            )
+        self.isa = chosen_isa(isa)
         self.n_threads = default_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= 512:
             raise ShapeError(
@@ -76,7 +76,12 @@ class Executor:
                 ops.n_kv_heads,
                 ops.head_width,
             )
-            _Builder(native, ops, weights).build()
+            builder = _Builder(native, ops, weights)
+            builder.build()
+            self.kernels = registry.choose(self.isa, builder.widths(), kernel)
+            native.finish(
+                [self.kernels[b].lookup_rows if b in self.kernels else 0 for b in registry.WIDTHS]
+            )
         except MemoryError:
             raise BudgetError(
                 f"context: the cache of {self.context} positions does not fit the address space; "
@@ -211,7 +216,10 @@ class _Builder:
                     self._native.head(
                         self._registers[op.input], index, _columns(packed), op.softcap or 0.0
                     )
-        self._native.finish()
+
+    def widths(self) -> set[int]:
+        """Bits a code of the matrices that were added."""
+        return {packed.bits for _, packed in self._matrices.values()}
 
     def _matrix(self, name: str) -> tuple[int, PackedMatrix]:
         if name not in self._matrices:
@@ -267,6 +275,15 @@ class _Builder:
 
 def _columns(packed: PackedMatrix) -> list[int]:
     return [] if packed.columns is None else packed.columns.tolist()
+
+
+def chosen_isa(isa: str | None = None) -> str:
+    """The one that was asked for, or the best. Raises DeviceError when this CPU lacks it."""
+    if isa is None:
+        return str(_native.best_isa())
+    if isa not in isas():
+        raise DeviceError(f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(isas())}")
+    return isa
 
 
 def isas() -> Sequence[str]:

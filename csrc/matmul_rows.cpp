@@ -1,0 +1,21 @@
+#include "matmul_rows.h"
+
+namespace elute {
+
+void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
+                      Range panels, const float* bias, float* y, int64_t ldy) {
+  if (panels.begin >= panels.end) return;
+  // One row streams all its panels; several share each panel while it is in the cache.
+  const int step = n_rows == 1 ? panels.end - panels.begin : 1;
+  for (int panel = panels.begin; panel < panels.end; panel += step)
+    for (int r = 0; r < n_rows; ++r)
+      kernels.lut_matmul(w, x.from_row(r), panel, panel + step, bias, y + r * ldy);
+}
+
+void matmul_by_multiply(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
+                        Range panels, const float* bias, float* y, int64_t ldy, uint8_t* scratch) {
+  if (panels.begin >= panels.end) return;
+  kernels.lut_gemm(w, x, n_rows, panels.begin, panels.end, bias, y, ldy, scratch);
+}
+
+}  // namespace elute

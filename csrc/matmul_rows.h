@@ -1,0 +1,18 @@
+// The two ways to multiply a few or many rows by a matrix: look each one up, or turn codes into bytes and multiply.
+// They give the same bits, so which one a caller takes is a matter of speed (src/elute/kernels/registry.py).
+#pragma once
+#include "kernels/matmul.h"
+#include "thread_pool.h"
+
+namespace elute {
+
+// y[r, n] = x @ w.T for panels.begin <= n / kPanel < panels.end and every row; y has ldy floats a row and, like bias
+// (null: none), points at output 0. Wants x.tables.
+void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
+                      Range panels, const float* bias, float* y, int64_t ldy);
+
+// The same without tables; scratch: gemm_scratch_bytes(w.k), 64-byte aligned, this thread's alone.
+void matmul_by_multiply(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
+                        Range panels, const float* bias, float* y, int64_t ldy, uint8_t* scratch);
+
+}  // namespace elute
