@@ -63,6 +63,21 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500_000.0,
         "tie_word_embeddings": True,
     },
+    # the smallest with a vocabulary of 150k: the head is a third of its bytes
+    "qwen2.5-0.5b": {
+        "model_type": "qwen2",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-6,
+        "hidden_size": 896,
+        "intermediate_size": 4864,
+        "num_hidden_layers": 24,
+        "num_attention_heads": 14,
+        "num_key_value_heads": 2,
+        "vocab_size": 151936,
+        "max_position_embeddings": 32768,
+        "rope_theta": 1_000_000.0,
+        "tie_word_embeddings": True,
+    },
     # 1bitLLM/bitnet_b1_58-3B: llama's activation, BitNet's two norms more a layer
     "bitnet-3b": {
         "model_type": "bitnet",
