@@ -2,6 +2,8 @@
 // cache_write, which change the argument their contract (kernels/float_kernels.h) changes.
 #include "bind/bind.h"
 
+#include <nanobind/stl/pair.h>
+
 #include <cstdlib>
 #include <cstring>
 
@@ -102,6 +104,22 @@ class BoundFloatKernels {
     kernels_->softcap(x.data(), cap, static_cast<int64_t>(x.size()));
   }
 
+  std::pair<bool, nb::object> block_peaks(const ArrayIn<float, 1>& x) const {
+    auto peaks = std::make_unique<float[]>(blocks_of(x));
+    const bool finite = kernels_->block_peaks(x.data(), static_cast<int64_t>(x.size()), peaks.get());
+    return {finite, owned_array(std::move(peaks), {blocks_of(x)})};
+  }
+  nb::object masses(const ArrayIn<float, 1>& x, float peak, float inverse_temperature) const {
+    auto y = std::make_unique<float[]>(x.size());
+    kernels_->masses(x.data(), static_cast<int64_t>(x.size()), peak, inverse_temperature, y.get());
+    return owned_array(std::move(y), {x.shape(0)});
+  }
+  nb::object block_masses(const ArrayIn<float, 1>& x, float peak, float inverse_temperature) const {
+    auto sums = std::make_unique<double[]>(blocks_of(x));
+    kernels_->block_masses(x.data(), static_cast<int64_t>(x.size()), peak, inverse_temperature, sums.get());
+    return owned_array(std::move(sums), {blocks_of(x)});
+  }
+
   nb::object to_f16(const ArrayIn<float, 1>& x) const {
     auto y = std::make_unique<Half[]>(x.size());
     kernels_->to_f16(x.data(), bits(y.get()), static_cast<int64_t>(x.size()));
@@ -151,6 +169,7 @@ class BoundFloatKernels {
   }
 
  private:
+  static size_t blocks_of(const ArrayIn<float, 1>& x) { return (x.size() + kPeakBlock - 1) / kPeakBlock; }
   static void want_position(int position, size_t context) {
     if (position < 0 || static_cast<size_t>(position) >= context)
       refuse("position: found " + std::to_string(position) + ", wanted one below " + std::to_string(context));
@@ -173,6 +192,11 @@ void bind_float_kernels(nb::module_& m) {
       .def("add", &Bound::add, nb::arg("x"), nb::arg("y").noconvert(), "y += x in place")
       .def("scale", &Bound::scale, nb::arg("x").noconvert(), nb::arg("s"), "x *= s in place")
       .def("softcap", &Bound::softcap, nb::arg("x").noconvert(), nb::arg("cap"), "x = cap * tanh(x / cap) in place")
+      .def("block_peaks", &Bound::block_peaks, nb::arg("x"), "x [n] -> whether all are finite, largest of each block")
+      .def("masses", &Bound::masses, nb::arg("x"), nb::arg("peak"), nb::arg("inverse_temperature"),
+           "x [n] <= peak -> y [n]")
+      .def("block_masses", &Bound::block_masses, nb::arg("x"), nb::arg("peak"), nb::arg("inverse_temperature"),
+           "x [n] <= peak -> f64, the sum of each block's masses")
       .def("to_f16", &Bound::to_f16, nb::arg("x"), "f32 -> f16, ties to even")
       .def("from_f16", &Bound::from_f16, nb::arg("x"), "f16 -> f32")
       .def("cache_write", &Bound::cache_write, nb::arg("keys").noconvert(), nb::arg("values").noconvert(),

@@ -20,5 +20,6 @@ NB_MODULE(_native, m) {
   elute::bind_kernels(m);
   elute::bind_float_kernels(m);
   elute::bind_executor(m);
+  elute::bind_sampler(m);
   elute::bind_bench(m);
 }

@@ -43,6 +43,8 @@ constexpr int64_t attention_scratch_bytes(int head_width) {
   return 64 + 4 * (kCacheTile * padded + int64_t{kAttentionRows} * (kCacheTile + padded + 2));
 }
 
+constexpr int kPeakBlock = 128;  // logits that share a peak and a sum: 150k of them have 1.2k, which are quick to select from
+
 struct FloatKernels {
   // y = x / sqrt(mean(x^2) + eps) * w for each run of `width` values; n_runs runs share w. x may equal y.
   void (*rms_norm)(const float* x, const float* w, float* y, int width, int n_runs, float eps);
@@ -60,6 +62,15 @@ struct FloatKernels {
   void (*from_f16)(const uint16_t* x, float* y, int64_t n);
   // Writes one position's key [D] and value [D] into the cache.
   void (*cache_write)(const CacheView& cache, const float* key, const float* value, int position);
+  // Sampling. Blocks are kPeakBlock logits, the last one what is left.
+  // peaks: the largest of each block. -> whether all of x is finite; if not, peaks mean nothing.
+  bool (*block_peaks)(const float* x, int64_t n, float* peaks);
+  // Unnormalized probabilities exp((x - peak) * inverse_temperature) of finite x <= peak, rounded to whole multiples of
+  // 2^-34: the same bits on every instruction set, and sums of them in f64 are exact in any order
+  // (sampling_body.h). inverse_temperature is positive.
+  void (*masses)(const float* x, int64_t n, float peak, float inverse_temperature, float* y);
+  // The sum of the masses of each block.
+  void (*block_masses)(const float* x, int64_t n, float peak, float inverse_temperature, double* sums);
   // Online softmax over tiles of kCacheTile keys in ascending order, tiles aligned to kCacheTile.
   void (*attention)(const CacheView& cache, const AttentionBlock& block, void* scratch);
 };

@@ -8,6 +8,7 @@
 //   select_less(a, b, t, o) t where a < b, else (also for NaN) o
 //   shift_to_exponent(a)    2^n, n the low bits of a as an integer in [-126, 127]
 //   first, sum, largest     lane 0; over the lanes
+//   Wide, wide_zero, add_wide(w, a), sum_wide(w)   sums of lanes in f64, lane by lane, then over the lanes
 //   kRows, kBlock, kDirectRows, direct_vectors(rows)   shape of attention's register tiles
 //
 // Everything is in unnamed namespaces, and no std:: template is used: an inline function compiled here with AVX flags
@@ -15,14 +16,15 @@
 #pragma once
 #include "kernels/attention_body.h"
 #include "kernels/basic_body.h"
+#include "kernels/sampling_body.h"
 
 namespace elute {
 namespace {
 
 template <class S>
 constexpr FloatKernels float_kernels() {
-  return {rms_norm<S>, rope<S>,   gate<S>,     add<S>,         scale<S>,
-          softcap<S>,  to_f16<S>, from_f16<S>, cache_write<S>, attention<S>};
+  return {rms_norm<S>, rope<S>,     gate<S>,        add<S>,         scale<S>,  softcap<S>,     to_f16<S>,
+          from_f16<S>, cache_write<S>, block_peaks<S>, masses<S>, block_masses<S>, attention<S>};
 }
 
 }  // namespace

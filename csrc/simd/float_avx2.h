@@ -67,6 +67,20 @@ struct FloatAvx2 {
     return _mm_cvtss_f32(_mm_max_ss(two, _mm_movehdup_ps(two)));
   }
 
+  struct Wide {
+    __m256d low, high;
+  };
+  static Wide wide_zero() { return {_mm256_setzero_pd(), _mm256_setzero_pd()}; }
+  static Wide add_wide(Wide w, Float a) {
+    return {_mm256_add_pd(w.low, _mm256_cvtps_pd(_mm256_castps256_ps128(a))),
+            _mm256_add_pd(w.high, _mm256_cvtps_pd(_mm256_extractf128_ps(a, 1)))};
+  }
+  static double sum_wide(Wide w) {
+    const __m256d four = _mm256_add_pd(w.low, w.high);
+    const __m128d two = _mm_add_pd(_mm256_castpd256_pd128(four), _mm256_extractf128_pd(four, 1));
+    return _mm_cvtsd_f64(_mm_add_sd(two, _mm_unpackhi_pd(two, two)));
+  }
+
  private:
   static __m256i mask(int n) {
     alignas(32) static constexpr int32_t window[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};

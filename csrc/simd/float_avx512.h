@@ -79,6 +79,13 @@ struct FloatAvx512 {
   static float sum(Float a) { return Half::sum(Half::add(low(a), high(a))); }
   static float largest(Float a) { return Half::largest(Half::max(low(a), high(a))); }
 
+  struct Wide {
+    FloatAvx2::Wide low, high;
+  };
+  static Wide wide_zero() { return {Half::wide_zero(), Half::wide_zero()}; }
+  static Wide add_wide(Wide w, Float a) { return {Half::add_wide(w.low, low(a)), Half::add_wide(w.high, high(a))}; }
+  static double sum_wide(Wide w) { return Half::sum_wide(w.low) + Half::sum_wide(w.high); }
+
  private:
   using Half = FloatAvx2;
   static __m256 low(Float a) { return _mm512_castps512_ps256(a); }

@@ -62,6 +62,11 @@ struct FloatScalar {
   static float sum(Float a) { return a; }
   static float largest(Float a) { return a; }
 
+  using Wide = double;
+  static Wide wide_zero() { return 0.0; }
+  static Wide add_wide(Wide w, Float a) { return w + a; }
+  static double sum_wide(Wide w) { return w; }
+
  private:
   static uint32_t to_bits(float x) {
     uint32_t bits;
