@@ -124,7 +124,7 @@ class Sampler:
             repetition=sampling.repetition_penalty,
             presence=sampling.presence_penalty,
             frequency=sampling.frequency_penalty,
-            prompt=np.asarray(prompt, np.int32),
+            prompt=np.fromiter(prompt, np.int32),
             biases=list(sampling.logit_bias.items()),
         )
 
