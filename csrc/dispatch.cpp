@@ -2,6 +2,8 @@
 
 #if defined(__x86_64__)
 #include <cpuid.h>
+#elif defined(__aarch64__)
+#include <sys/auxv.h>
 #endif
 
 namespace elute {
@@ -24,6 +26,13 @@ std::vector<KernelTable> detect() {
                       __builtin_cpu_supports("avx512vnni");
 #endif
   if (avx512) found.push_back({"avx512", &matmul_kernels_avx512, &float_kernels_avx512, &ceiling_kernels_avx512});
+#elif defined(__aarch64__)
+  // Half-precision conversions are part of every ARMv8, dot products of ARMv8.2 are not.
+  if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {
+    found.push_back({"neon", &matmul_kernels_neon, &float_kernels_neon, &ceiling_kernels_neon});
+    if (getauxval(AT_HWCAP2) & HWCAP2_I8MM)
+      found.push_back({"neon_i8mm", &matmul_kernels_neon_i8mm, &float_kernels_neon, &ceiling_kernels_neon_i8mm});
+  }
 #endif
   return found;
 }

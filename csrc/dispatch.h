@@ -11,7 +11,7 @@
 namespace elute {
 
 struct KernelTable {
-  std::string_view isa;  // scalar, avx2, avx512
+  std::string_view isa;  // scalar, avx2, avx512; neon, neon_i8mm
   const MatmulKernels* matmul;
   const FloatKernels* floats;
   const CeilingKernels* ceilings;

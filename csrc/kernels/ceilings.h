@@ -20,6 +20,9 @@ extern const CeilingKernels ceiling_kernels_scalar;
 #if defined(__x86_64__)
 extern const CeilingKernels ceiling_kernels_avx2;
 extern const CeilingKernels ceiling_kernels_avx512;
+#elif defined(__aarch64__)
+extern const CeilingKernels ceiling_kernels_neon;
+extern const CeilingKernels ceiling_kernels_neon_i8mm;
 #endif
 
 }  // namespace elute

@@ -79,6 +79,8 @@ extern const FloatKernels float_kernels_scalar;
 #if defined(__x86_64__)
 extern const FloatKernels float_kernels_avx2;
 extern const FloatKernels float_kernels_avx512;
+#elif defined(__aarch64__)
+extern const FloatKernels float_kernels_neon;
 #endif
 
 }  // namespace elute

@@ -74,6 +74,9 @@ extern const MatmulKernels matmul_kernels_scalar;
 #if defined(__x86_64__)
 extern const MatmulKernels matmul_kernels_avx2;
 extern const MatmulKernels matmul_kernels_avx512;
+#elif defined(__aarch64__)
+extern const MatmulKernels matmul_kernels_neon;
+extern const MatmulKernels matmul_kernels_neon_i8mm;
 #endif
 
 }  // namespace elute

@@ -2,13 +2,14 @@
 
 import zlib
 
+import levels
 import numpy as np
 import pytest
 from float_bounds import EXP_ERROR, ROUNDING, assert_within
 
 from elute import _native
 
-ISAS = _native.isas()
+ISAS = levels.float_isas()
 TILE = 64  # keys that a cache tile holds
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
@@ -36,7 +37,7 @@ def filled_cache(kernels, n_positions, width, rng, *, spread=1.0):
 @each_isa
 @pytest.mark.parametrize("width", [2, 8, 14, 16, 64, 66])
 def test_cache_write_touches_one_position(isa, width, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values = empty_cache(3, width)
     want_keys, want_values = keys.copy(), values.copy()
     for position in (0, 63, 64, 130):
@@ -76,7 +77,7 @@ def reference_attention(k, v, query, positions, scale, window, softcap):
 @pytest.mark.parametrize("n_rows", [1, 3, 7, 21])
 @pytest.mark.parametrize("width", [2, 4, 8, 14, 16, 40, 62, 64, 66, 80, 128])
 def test_attention_is_within_its_bound(isa, width, n_rows, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values, k, v = filled_cache(kernels, 200, width, rng)
     query = (rng.normal(size=(n_rows, width)) * 2).astype(np.float32)
     positions = np.sort(rng.integers(0, 200, n_rows)).astype(np.int32)
@@ -92,7 +93,7 @@ def test_attention_is_within_its_bound(isa, width, n_rows, rng):
 def test_attention_sees_exactly_its_window(isa, window, position, rng):
     # Values are one-hot per key (mod 64), so the output shows which keys took part; unseen cells
     # stay NaN.
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values = empty_cache(3, TILE)
     first = max(0, position - window + 1) if window else 0
     for seen in range(first, position + 1):
@@ -125,7 +126,7 @@ BLOCKS = {
     ("width", "window", "softcap"), [(64, 0, 0.0), (64, 30, 0.0), (40, 100, 5.0), (80, 0, 0.0)]
 )
 def test_attention_of_a_row_does_not_depend_on_its_block(isa, width, window, softcap, name, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values, _, _ = filled_cache(kernels, 200, width, rng)
     positions = BLOCKS[name].astype(np.int32)
     query = rng.normal(size=(len(positions), width)).astype(np.float32)
@@ -142,7 +143,7 @@ def test_attention_of_a_row_does_not_depend_on_its_block(isa, width, window, sof
 @pytest.mark.parametrize("n_rows", [3, 12])
 def test_attention_ignores_what_comes_later(isa, n_rows, rng):
     # A later token of the same block overflowed f16: only the rows that see it may show it.
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values, _, _ = filled_cache(kernels, 140, 64, rng)
     query = rng.normal(size=(n_rows, 64)).astype(np.float32)
     positions = np.arange(100, 100 + n_rows, dtype=np.int32)
@@ -159,7 +160,7 @@ def test_attention_ignores_what_comes_later(isa, n_rows, rng):
 @pytest.mark.parametrize("n_rows", [1, 16])
 def test_attention_of_one_overwhelming_key_is_its_value(isa, n_rows, rng):
     # Scores 200 apart: every other probability is exactly 0, in earlier and in later tiles.
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     keys, values = empty_cache(3, 64)
     k, v = np.zeros((192, 64), np.float32), rng.normal(size=(192, 64)).astype(np.float32)
     k[100, 0] = 200

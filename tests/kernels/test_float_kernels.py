@@ -2,13 +2,14 @@
 
 import zlib
 
+import levels
 import numpy as np
 import pytest
 from float_bounds import EXP_ERROR, ROUNDING, assert_within
 
 from elute import _native
 
-ISAS = _native.isas()
+ISAS = levels.float_isas()
 # Around every vector length (1, 8, 16) and every unrolled run (8, 64, 128).
 LENGTHS = [1, 2, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65, 127, 128, 129, 576]
 
@@ -36,7 +37,7 @@ def guarded(values):
 def test_rms_norm_is_within_its_bound(isa, width, rng):
     x = rng.normal(size=(3, width)).astype(np.float32) * np.array([[1], [1e-3], [300]], np.float32)
     w = rng.normal(size=width).astype(np.float32)
-    y = _native.float_kernels(isa).rms_norm(x, w, 1e-5)
+    y = levels.float_kernels(isa).rms_norm(x, w, 1e-5)
     wide = x.astype(np.float64)
     want = wide / np.sqrt(np.mean(wide**2, axis=1, keepdims=True) + np.float32(1e-5)) * w
     assert_within(y, want, (width / 8 + 16) * ROUNDING * np.abs(want))
@@ -50,7 +51,7 @@ def test_rope_rounds_each_operation_once(isa, width, rng):
     first, second = x[:, : width // 2], x[:, width // 2 :]
     want = np.concatenate([first * cos - second * sin, second * cos + first * sin], axis=1)
     got, outside = guarded(x)
-    _native.float_kernels(isa).rope(got, cos, sin)
+    levels.float_kernels(isa).rope(got, cos, sin)
     np.testing.assert_array_equal(got, want)
     assert np.all(outside() == 7.25)
 
@@ -58,7 +59,7 @@ def test_rope_rounds_each_operation_once(isa, width, rng):
 @each_isa
 @pytest.mark.parametrize("n", LENGTHS)
 def test_add_and_scale_round_once_and_stay_inside(isa, n, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     x, y = rng.normal(size=(2, n)).astype(np.float32)
     got, outside = guarded(y)
     kernels.add(x, got)
@@ -88,7 +89,7 @@ def test_silu_gate_is_within_its_bound(isa, n, rng):
     x, up = activation_inputs(n, rng)
     want = x.astype(np.float64) * sigmoid(x.astype(np.float64)) * up
     bound = (2 * EXP_ERROR + 6 * ROUNDING) * np.abs(want) + LEAST * np.abs(up)
-    assert_within(_native.float_kernels(isa).gate(x, up, "silu"), want, bound)
+    assert_within(levels.float_kernels(isa).gate(x, up, "silu"), want, bound)
 
 
 @each_isa
@@ -102,7 +103,7 @@ def test_gelu_gate_is_within_its_bound(isa, n, rng):
     # 0.
     relative = 2 * EXP_ERROR + (6 + 5 * np.minimum(np.abs(z), 90)) * ROUNDING
     bound = relative * np.abs(want) + LEAST * np.abs(up)
-    assert_within(_native.float_kernels(isa).gate(x, up, "gelu_tanh"), want, bound)
+    assert_within(levels.float_kernels(isa).gate(x, up, "gelu_tanh"), want, bound)
 
 
 @each_isa
@@ -110,7 +111,7 @@ def test_gelu_gate_is_within_its_bound(isa, n, rng):
 def test_relu2_gate_rounds_each_operation_once(isa, n, rng):
     x, up = activation_inputs(n, rng)
     positive = np.maximum(x, 0)
-    got = _native.float_kernels(isa).gate(x, up, "relu2")
+    got = levels.float_kernels(isa).gate(x, up, "relu2")
     np.testing.assert_array_equal(got, positive * positive * up)
 
 
@@ -120,14 +121,14 @@ def test_softcap_is_within_its_bound_also_near_zero(isa, n, rng):
     x = (rng.normal(size=n) * np.exp(rng.uniform(-12, 8, size=n))).astype(np.float32)
     want = 30 * np.tanh(x.astype(np.float64) / 30)
     got, outside = guarded(x)
-    _native.float_kernels(isa).softcap(got, 30.0)
+    levels.float_kernels(isa).softcap(got, 30.0)
     assert_within(got, want, 4 * ROUNDING * np.abs(want))
     assert np.all(outside() == 7.25)
 
 
 @each_isa
 def test_activations_of_extreme_values(isa):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     big = np.array([88, 89, 104, 200, 1e4, 1e20, 3e38, np.inf], np.float32)
     one = np.ones_like(big)
     for name in ("silu", "gelu_tanh"):
@@ -146,7 +147,7 @@ def test_activations_of_extreme_values(isa):
 
 @each_isa
 def test_nan_stays_nan(isa):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     nan = np.full(9, np.nan, np.float32)
     for name in ("silu", "gelu_tanh", "relu2"):
         assert np.isnan(kernels.gate(nan, np.ones_like(nan), name)).all()
@@ -157,7 +158,7 @@ def test_nan_stays_nan(isa):
 
 @each_isa
 def test_a_value_does_not_depend_on_its_place_in_a_run(isa, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     x, up = activation_inputs(100, rng)
     for name in ("silu", "gelu_tanh"):
         whole = kernels.gate(x, up, name)
@@ -173,7 +174,7 @@ def test_a_value_does_not_depend_on_its_place_in_a_run(isa, rng):
 def test_from_f16_agrees_with_numpy_on_every_half(isa):
     halves = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
     np.testing.assert_array_equal(
-        _native.float_kernels(isa).from_f16(halves), halves.astype(np.float32)
+        levels.float_kernels(isa).from_f16(halves), halves.astype(np.float32)
     )
 
 
@@ -191,7 +192,7 @@ def test_to_f16_rounds_to_nearest_even(isa, rng):
     x = np.concatenate(
         [halves, ties, np.nextafter(ties, 1e9), np.nextafter(ties, -1e9), limits, any_bits]
     )
-    got = _native.float_kernels(isa).to_f16(x)
+    got = levels.float_kernels(isa).to_f16(x)
     np.testing.assert_array_equal(got, x.astype(np.float16))
     number = ~np.isnan(x)
     np.testing.assert_array_equal(np.signbit(got)[number], np.signbit(x)[number])
@@ -200,7 +201,7 @@ def test_to_f16_rounds_to_nearest_even(isa, rng):
 @each_isa
 @pytest.mark.parametrize("n", LENGTHS)
 def test_f16_tails(isa, n, rng):
-    kernels = _native.float_kernels(isa)
+    kernels = levels.float_kernels(isa)
     x = rng.normal(size=n).astype(np.float32)
     halves = kernels.to_f16(x)
     np.testing.assert_array_equal(halves, x.astype(np.float16))

@@ -4,6 +4,7 @@ import ctypes
 import mmap
 import os
 
+import levels
 import numpy as np
 import pytest
 from matrices import random_matrix
@@ -15,13 +16,13 @@ from elute.kernels.lut_matmul import reference as lut_matmul
 from elute.pack import quads
 from elute.types import Affine, PackedMatrix
 
-ISAS = _native.isas()
+ISAS = levels.isas()
 
 
 def test_every_level_is_tested_here() -> None:
     if "avx512" not in ISAS:
         pytest.skip("this CPU lacks AVX-512 and libsimde-dev, which emulates it, is not installed")
-    assert ISAS == ["scalar", "avx2", "avx512"]
+    assert _native.isas() == ["scalar", "avx2", "avx512"]
     assert not _native.emulates_avx512 or _native.best_isa() == "avx2"
 
 
@@ -50,7 +51,7 @@ def inputs(m: int, k: int, seed: int) -> np.ndarray:
 @pytest.mark.parametrize("size", [1.0, 1e-37, 1e-45, 1e30])
 def test_quantize_equals_the_reference(isa: str, k: int, size: float) -> None:
     x = inputs(3, k, seed=k) * np.float32(size)
-    q, scales, sums, entries, lows = _native.quantize_activations(isa, x)
+    q, scales, sums, entries, lows = levels.quantize_activations(isa, x)
     want = quantize_activations(x)
     assert np.array_equal(scales, want.scales)
     assert np.array_equal(q, want.q)
@@ -76,7 +77,7 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
             x = inputs(m, k, seed=bits)
             want = lut_matmul.lut_matmul(x, packed)
             for lookup in (True, False):
-                got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+                got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
                 assert np.array_equal(got, want), (affine, n, m, lookup, np.abs(got - want).max())
 
 
@@ -103,7 +104,7 @@ def test_the_largest_sums_do_not_overflow(isa: str, bits: int, k: int) -> None:
     x = extreme_inputs(k)
     want = lut_matmul.lut_matmul(x, packed)
     for lookup in (True, False):
-        got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+        got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
         assert np.array_equal(got, want), (lookup, np.abs(got - want).max())
 
 
@@ -114,10 +115,10 @@ def test_what_is_not_finite_stays_seen(isa: str, bad: float) -> None:
     x = np.tile(inputs(2, 128, seed=1)[1:], (129, 1))
     x[np.arange(128), np.arange(128)] = bad  # row r has it at column r, the last row nowhere
     for lookup in (True, False):
-        got = _native.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+        got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
         assert not np.isfinite(got[:-1]).any()
         assert np.isfinite(got[-1]).all()
-    scales = _native.quantize_activations(isa, x)[1]
+    scales = levels.quantize_activations(isa, x)[1]
     assert np.array_equal(scales, quantize_activations(x).scales, equal_nan=True)
 
 
@@ -147,8 +148,8 @@ def test_no_kernel_reads_beyond_what_it_was_promised(isa: str, bits: int) -> Non
         x = at_the_end_of_memory(inputs(3, k, seed=k))
         want = lut_matmul.lut_matmul(x, packed)
         for lookup in (True, False):
-            assert np.array_equal(_native.lut_matmul(isa, x, **given, lookup=lookup), want)
-        codes = _native.lut_dequant(isa, given["planes"], 33, k, bits)
+            assert np.array_equal(levels.lut_matmul(isa, x, **given, lookup=lookup), want)
+        codes = levels.lut_dequant(isa, given["planes"], 33, k, bits)
         assert np.array_equal(codes, matrix.codes)
 
 
@@ -158,7 +159,7 @@ def test_bias_is_added_last(isa: str, lookup: bool) -> None:
     matrix = random_matrix(45, 64, bits=4, group_size=32, affine=Affine.MIN, seed=1)
     packed = quads.pack(matrix)
     x, bias = inputs(4, 64, seed=2), np.arange(45, dtype=np.float32)
-    got = _native.lut_matmul(isa, x, **arguments(packed), bias=bias, lookup=lookup)
+    got = levels.lut_matmul(isa, x, **arguments(packed), bias=bias, lookup=lookup)
     assert np.array_equal(got, lut_matmul.lut_matmul(x, packed) + bias)
 
 
@@ -168,9 +169,7 @@ def test_bias_is_added_last(isa: str, lookup: bool) -> None:
 def test_lut_dequant_equals_unpack(isa: str, bits: int, k: int) -> None:
     matrix = random_matrix(45, k, bits=bits, group_size=k, affine=Affine.MIN, seed=k)
     packed = quads.pack(matrix)
-    assert np.array_equal(
-        _native.lut_dequant(isa, padded(packed.planes), 45, k, bits), matrix.codes
-    )
+    assert np.array_equal(levels.lut_dequant(isa, padded(packed.planes), 45, k, bits), matrix.codes)
 
 
 @pytest.mark.parametrize("affine", list(Affine))

@@ -3,6 +3,7 @@
 import math
 import zlib
 
+import levels
 import numpy as np
 import pytest
 from hypothesis import example, given, settings
@@ -17,6 +18,7 @@ LENGTHS = [1, 2, 7, 8, 9, 16, 17, 31, 33, 127, 128, 129, 255, 257, 1000, 4099]
 LARGEST = float(np.finfo(np.float32).max)
 
 each_isa = pytest.mark.parametrize("isa", ISAS)
+each_float_isa = pytest.mark.parametrize("isa", levels.float_isas())
 
 OFF = {
     "inverse_temperature": 1.0,
@@ -39,30 +41,30 @@ def rng(request):
 # ---- the passes over all logits
 
 
-@each_isa
+@each_float_isa
 @pytest.mark.parametrize("n", LENGTHS)
 def test_block_peaks_are_the_largest_of_each_block(isa, n, rng):
     x = rng.normal(-5, 3, n).astype(np.float32)
-    finite, peaks = _native.float_kernels(isa).block_peaks(x)
+    finite, peaks = levels.float_kernels(isa).block_peaks(x)
     assert finite
     assert peaks.tolist() == [x[i : i + BLOCK].max() for i in range(0, n, BLOCK)]
 
 
-@each_isa
+@each_float_isa
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 @pytest.mark.parametrize("at", [0, 7, 8, 127, 128, 140, 143, 144])
 def test_one_value_that_is_not_finite_is_seen_anywhere(isa, bad, at):
     x = np.zeros(145, np.float32)
     x[at] = bad
-    assert not _native.float_kernels(isa).block_peaks(x)[0]
+    assert not levels.float_kernels(isa).block_peaks(x)[0]
 
 
-@each_isa
+@each_float_isa
 @pytest.mark.parametrize("n", LENGTHS)
 @pytest.mark.parametrize("spread", [0.0, 3.0, 1e4, LARGEST])
 def test_masses_and_their_sums_are_the_reference_bit_for_bit(isa, n, spread, rng):
     x = (rng.uniform(-1, 1, n) * spread).astype(np.float32)
-    kernels, factor = _native.float_kernels(isa), np.float32(1.3)
+    kernels, factor = levels.float_kernels(isa), np.float32(1.3)
     want = reference.masses(x, x.max(), factor)
     assert kernels.masses(x, x.max(), factor).tolist() == want.tolist()
     sums = [want[i : i + BLOCK].sum(dtype=np.float64) for i in range(0, n, BLOCK)]

@@ -1,0 +1,7 @@
+#include "simd/integer_neon.h"
+// The vocabulary must come first.
+#include "kernels/ceilings_body.h"
+
+namespace elute {
+const CeilingKernels ceiling_kernels_neon_i8mm = {read, multiply, kMultipliesPerStep};
+}

@@ -1,0 +1,335 @@
+// The kernels and the executor of elute without Python, for CPUs that are only emulated here: answers the calls of
+// elute._native that ../emulated.py sends, with the same names and the arguments in the same order.
+#include <functional>
+#include <map>
+#include <memory>
+#include <stdexcept>
+
+#include "activations.h"
+#include "bench.h"
+#include "executor.h"
+#include "matmul_rows.h"
+#include "wire.h"
+
+namespace elute {
+namespace {
+
+using Call = std::function<void(Request&, Reply&)>;
+using Calls = std::map<std::string, Call>;
+
+const KernelTable& kernels_named(const std::string& isa) {
+  const KernelTable* table = find_kernels(isa);
+  if (!table) throw std::invalid_argument("isa: found '" + isa + "', wanted one that this CPU runs");
+  return *table;
+}
+const FloatKernels& floats(Request& in) { return *kernels_named(in.text()).floats; }
+
+// planes, scales, offsets, n, bits, group_size, zero, affine. K is that of the activations.
+struct Matrix {
+  Array<uint8_t> planes;
+  Array<uint16_t> scales;
+  std::optional<Array<uint16_t>> offsets;
+  MatrixView view;
+
+  Matrix(Request& in, int k)
+      : planes(in.array<uint8_t>()), scales(in.array<uint16_t>()), offsets(in.optional_array<uint16_t>()) {
+    view.planes = planes.data();
+    view.scales = scales.data();
+    view.offsets = offsets ? offsets->data() : nullptr;
+    view.n = static_cast<int>(in.integer());
+    view.k = k;
+    view.bits = static_cast<int>(in.integer());
+    view.group_size = static_cast<int>(in.integer());
+    view.zero = static_cast<int>(in.integer());
+    const std::string affine = in.text();
+    view.affine = affine == "zero" ? Affine::zero : affine == "min" ? Affine::min : Affine::symmetric;
+  }
+};
+
+void add_matmul_calls(Calls& calls) {
+  calls["quantize_activations"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto x = in.array<float>();
+    const Activations a(kernels, x.data(), x.shape(0), x.shape(1), true);
+    const size_t rows = a.rows, blocks = a.blocks, runs = blocks * (kActBlock / kSumRun);
+    out.add(a.q.get(), {rows, blocks * kActBlock});
+    out.add(a.scales.get(), {rows, blocks});
+    out.add(a.sums.get(), {rows, runs});
+    out.add(a.tables.get(), {rows, blocks * kBlockQuads, size_t{kTableBytes}});
+    out.add(a.lows.get(), {rows, runs});
+  };
+  calls["lut_matmul"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto x = in.array<float>();
+    const Matrix matrix(in, x.shape(1));
+    const MatrixView& w = matrix.view;
+    const auto bias = in.optional_array<float>();
+    const bool lookup = in.integer() != 0;
+    const int rows = x.shape(0);
+    const Activations a(kernels, x.data(), rows, w.k, lookup);
+    const float* b = bias ? bias->data() : nullptr;
+    std::vector<float> y(int64_t{rows} * w.n);
+    const Range all{0, w.n_panels()};
+    if (lookup) {
+      matmul_by_lookup(*kernels.matmul, w, a.view, rows, all, b, y.data(), w.n);
+    } else {
+      const auto scratch = aligned<uint8_t>(gemm_scratch_bytes(w.k));
+      matmul_by_multiply(*kernels.matmul, w, a.view, rows, all, b, y.data(), w.n, scratch.get());
+    }
+    out.add(y.data(), {size_t(rows), size_t(w.n)});
+  };
+  // As codes of whole panels, in the order of the kernel: u8 [n_panels, K / 4, 32, 4].
+  calls["lut_dequant"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto planes = in.array<uint8_t>();
+    const int n = static_cast<int>(in.integer()), k = static_cast<int>(in.integer());
+    const int bits = static_cast<int>(in.integer());
+    const MatrixView w{planes.data(), nullptr, nullptr, n, k, bits, k, 0, Affine::symmetric};
+    const auto codes = aligned<uint8_t>(gemm_scratch_bytes(k));
+    const size_t panel_codes = size_t(k) * kPanel;
+    std::string all;
+    for (int panel = 0; panel < w.n_panels(); ++panel) {
+      kernels.matmul->lut_dequant(w, panel, codes.get());
+      all.append(reinterpret_cast<const char*>(codes.get()), panel_codes);
+    }
+    out.add(reinterpret_cast<const uint8_t*>(all.data()),
+            {size_t(w.n_panels()), size_t(k / kLutWidth), size_t{kPanel}, size_t{kLutWidth}});
+  };
+  calls["matmul_seconds"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto x = in.array<float>();
+    const Matrix matrix(in, x.shape(1));
+    const int repeats = static_cast<int>(in.integer()), rows = x.shape(0);
+    const Activations a(kernels, x.data(), rows, x.shape(1), rows == 1);
+    std::vector<float> y(int64_t{rows} * matrix.view.n);
+    matmul_seconds(kernels, 1, {matrix.view}, a, repeats, y.data());
+    out.add(y.data(), {size_t(rows), size_t(matrix.view.n)});
+  };
+}
+
+void add_float_calls(Calls& calls) {
+  calls["rms_norm"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>(), w = in.array<float>();
+    std::vector<float> y(x.size());
+    kernels.rms_norm(x.data(), w.data(), y.data(), x.shape(1), x.shape(0), static_cast<float>(in.number()));
+    out.add(y.data(), x.sides());
+  };
+  calls["rope"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>(), cos = in.array<float>(), sin = in.array<float>();
+    kernels.rope(x.data(), cos.data(), sin.data(), x.shape(1), x.shape(0));
+    out.add(x);
+  };
+  calls["gate"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto gate = in.array<float>(), up = in.array<float>();
+    const std::string name = in.text();
+    const Activation activation = name == "silu"        ? Activation::silu
+                                  : name == "gelu_tanh" ? Activation::gelu_tanh
+                                                        : Activation::relu2;
+    std::vector<float> y(gate.size());
+    kernels.gate(gate.data(), up.data(), y.data(), gate.size(), activation);
+    out.add(y.data(), gate.sides());
+  };
+  calls["add"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>(), y = in.array<float>();
+    kernels.add(x.data(), y.data(), x.size());
+    out.add(y);
+  };
+  calls["scale"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    kernels.scale(x.data(), static_cast<float>(in.number()), x.size());
+    out.add(x);
+  };
+  calls["softcap"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    kernels.softcap(x.data(), static_cast<float>(in.number()), x.size());
+    out.add(x);
+  };
+  calls["block_peaks"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    std::vector<float> peaks((x.size() + kPeakBlock - 1) / kPeakBlock);
+    out.add(int64_t{kernels.block_peaks(x.data(), x.size(), peaks.data())});
+    out.add(peaks.data(), {peaks.size()});
+  };
+  calls["masses"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    const float peak = static_cast<float>(in.number()), inverse_temperature = static_cast<float>(in.number());
+    std::vector<float> y(x.size());
+    kernels.masses(x.data(), x.size(), peak, inverse_temperature, y.data());
+    out.add(y.data(), x.sides());
+  };
+  calls["block_masses"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    const float peak = static_cast<float>(in.number()), inverse_temperature = static_cast<float>(in.number());
+    std::vector<double> sums((x.size() + kPeakBlock - 1) / kPeakBlock);
+    kernels.block_masses(x.data(), x.size(), peak, inverse_temperature, sums.data());
+    out.add(sums.data(), {sums.size()});
+  };
+  calls["to_f16"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>();
+    std::vector<uint16_t> y(x.size());
+    kernels.to_f16(x.data(), y.data(), x.size());
+    out.add(y.data(), x.sides());
+  };
+  calls["from_f16"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<uint16_t>();
+    std::vector<float> y(x.size());
+    kernels.from_f16(x.data(), y.data(), x.size());
+    out.add(y.data(), x.sides());
+  };
+  calls["cache_write"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto keys = in.array<uint16_t>(), values = in.array<uint16_t>();
+    const auto key = in.array<float>(), value = in.array<float>();
+    kernels.cache_write({keys.data(), values.data(), keys.shape(1)}, key.data(), value.data(),
+                        static_cast<int>(in.integer()));
+    out.add(keys);
+    out.add(values);
+  };
+  calls["attention"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto keys = in.array<uint16_t>(), values = in.array<uint16_t>();
+    const auto query = in.array<float>();
+    const auto positions = in.array<int32_t>();
+    const CacheView cache{keys.data(), values.data(), keys.shape(1)};
+    int64_t offsets[kAttentionRows];
+    for (int r = 0; r < query.shape(0); ++r) offsets[r] = int64_t{r} * cache.head_width;
+    std::vector<float> output(query.size());
+    const float scale = static_cast<float>(in.number());
+    const int window = static_cast<int>(in.integer());
+    const float softcap = static_cast<float>(in.number());
+    const int64_t bytes = attention_scratch_bytes(cache.head_width);
+    const auto scratch = aligned<uint8_t>(bytes);
+    std::memset(scratch.get(), 0xff, bytes);  // NaNs: a kernel that reads what it did not write is seen
+    kernels.attention(cache,
+                      {query.data(), output.data(), offsets, offsets, positions.data(), query.shape(0), scale, window,
+                       softcap},
+                      scratch.get());
+    out.add(output.data(), query.sides());
+  };
+}
+
+// One executor at a time, and what it points into.
+struct Model {
+  std::unique_ptr<Executor> executor;
+  std::vector<Matrix> matrices;
+};
+
+void add_executor_calls(Calls& calls) {
+  static Model model;
+  const auto integer = [](Request& in) { return static_cast<int>(in.integer()); };
+  calls["Executor"] = [=](Request& in, Reply&) {
+    const KernelTable& kernels = kernels_named(in.text());
+    int sizes[6];  // threads, context, chunk, layers, kv heads, head width
+    for (int& size : sizes) size = integer(in);
+    model = {};
+    model.executor = std::make_unique<Executor>(kernels, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+  };
+  calls["add_register"] = [=](Request& in, Reply& out) {
+    out.add(int64_t{model.executor->add_register(integer(in))});
+  };
+  calls["add_matrix"] = [=](Request& in, Reply& out) {
+    const int k = integer(in);
+    model.matrices.emplace_back(in, k);
+    out.add(int64_t{model.executor->add_matrix(model.matrices.back().view)});
+  };
+  calls["add_rope_table"] = [](Request& in, Reply& out) {
+    auto frequencies = in.list<float>();
+    out.add(int64_t{model.executor->add_rope_table(std::move(frequencies), static_cast<float>(in.number()))});
+  };
+  calls["embed"] = [=](Request& in, Reply&) {
+    EmbedOp op{integer(in), integer(in), static_cast<float>(in.number())};
+    model.executor->add_op(op);
+  };
+  calls["rms_norm_op"] = [=](Request& in, Reply&) {
+    RmsNormOp op{integer(in), integer(in), in.list<float>(), 0, integer(in), static_cast<float>(in.number())};
+    op.width = static_cast<int>(op.weight.size());
+    model.executor->add_op(std::move(op));
+  };
+  calls["linear"] = [=](Request& in, Reply&) {  // columns before the biases, which are as many as the matrices
+    LinearOp op{integer(in), in.list<int32_t>(), in.list<int32_t>(), {}, in.list<int32_t>()};
+    for (size_t i = 0; i < op.matrices.size(); ++i) op.biases.push_back(in.list<float>());
+    model.executor->add_op(std::move(op));
+  };
+  calls["rope_op"] = [=](Request& in, Reply&) {  // register, head width, heads, table
+    RopeOp op{integer(in), integer(in), integer(in), integer(in)};
+    model.executor->add_op(op);
+  };
+  calls["attention_op"] = [=](Request& in, Reply&) {
+    AttentionOp op{};
+    for (int* field : {&op.query, &op.key, &op.value, &op.output, &op.layer, &op.n_heads, &op.n_kv_heads, &op.width})
+      *field = integer(in);
+    op.scale = static_cast<float>(in.number());
+    op.window = integer(in);
+    op.softcap = static_cast<float>(in.number());
+    model.executor->add_op(op);
+  };
+  calls["gate_op"] = [=](Request& in, Reply&) {
+    GateOp op{integer(in), integer(in), integer(in), Activation::silu};
+    const std::string name = in.text();
+    if (name != "silu") op.activation = name == "gelu_tanh" ? Activation::gelu_tanh : Activation::relu2;
+    model.executor->add_op(op);
+  };
+  calls["add_to"] = [=](Request& in, Reply&) {
+    AddOp op{integer(in), integer(in)};
+    model.executor->add_op(op);
+  };
+  calls["head"] = [=](Request& in, Reply&) {
+    HeadOp op{integer(in), integer(in), in.list<int32_t>(), static_cast<float>(in.number())};
+    model.executor->add_op(std::move(op));
+  };
+  calls["finish"] = [](Request& in, Reply&) {  // lookup_rows of 1 to 8 bits
+    const auto of_1_to_8 = in.list<int32_t>();
+    LookupRows lookup_rows{};
+    for (size_t bits = 1; bits < lookup_rows.size(); ++bits) lookup_rows[bits] = of_1_to_8.at(bits - 1);
+    model.executor->finish(lookup_rows);
+  };
+  calls["forward"] = [=](Request& in, Reply& out) {
+    const auto tokens = in.array<int32_t>();
+    const int position = integer(in);
+    const bool all_logits = integer(in) != 0;
+    const size_t rows = all_logits ? tokens.shape(0) : 1, vocabulary = model.executor->vocabulary();
+    std::vector<float> logits(rows * vocabulary);
+    model.executor->forward(tokens.data(), tokens.shape(0), position, all_logits, logits.data());
+    out.add(logits.data(), {rows, vocabulary});
+  };
+}
+
+int serve() {
+  Calls calls;
+  calls["isas"] = [](Request&, Reply& out) {
+    for (const KernelTable& table : available_kernels()) out.add(std::string(table.isa));
+  };
+  calls["best_isa"] = [](Request&, Reply& out) { out.add(std::string(best_kernels().isa)); };
+  add_matmul_calls(calls);
+  add_float_calls(calls);
+  add_executor_calls(calls);
+  for (Request in; in.receive();) {
+    Reply reply;
+    try {
+      reply.add(int64_t{1});  // it went well
+      calls.at(in.text())(in, reply);
+    } catch (const std::exception& error) {
+      reply = Reply();
+      reply.add(int64_t{0});
+      reply.add(std::string(error.what()));
+    }
+    reply.send();
+  }
+  return 0;
+}
+
+}  // namespace
+}  // namespace elute
+
+int main() { return elute::serve(); }
