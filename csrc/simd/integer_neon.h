@@ -72,6 +72,7 @@ inline Floats to_floats(Ints a) { return vcvtq_f32_s32(a); }
 inline Floats add(Floats a, Floats b) { return vaddq_f32(a, b); }
 inline Floats sub(Floats a, Floats b) { return vsubq_f32(a, b); }
 inline Floats mul(Floats a, Floats b) { return vmulq_f32(a, b); }
+inline Floats load_floats(const float* p) { return vld1q_f32(p); }
 inline void store_floats(float* p, Floats a) { vst1q_f32(p, a); }
 inline Floats load_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
@@ -95,6 +96,7 @@ struct Dot {
 #endif
 };
 inline void keep_in_register(int32x4_t& v) { asm("" : "+w"(v)); }
+inline void keep_in_register(uint8x16_t& v) { asm("" : "+w"(v)); }
 inline Bytes broadcast_quad(const int8_t* q) {
   uint32_t word;
   __builtin_memcpy(&word, q, 4);
