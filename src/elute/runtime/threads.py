@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 # Share of the best core's figure from which a core counts as big. Capacity is work a second: a
-# little core does less than half of what a big one does, a middle one more. A clock tells less: the little
-# cores of an RK3399 have 1.4 of 1.8 GHz, cores that differ only in their turbo 0.9 and more.
+# little core does less than half of what a big one does, a middle one more. A clock tells less: the
+# little cores of an RK3399 have 1.4 of 1.8 GHz, cores that differ only in their turbo 0.9 and more.
 BIG_BY_CAPACITY = 0.5
 BIG_BY_CLOCK = 0.85
 
