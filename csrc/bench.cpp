@@ -14,25 +14,25 @@ double seconds_since(Clock::time_point started) { return std::chrono::duration<d
 
 // Seconds from the moment when all threads are there to the moment when the last has done work(thread).
 template <typename Work>
-double timed(ThreadPool& pool, const Work& work) {
+double timed(int n_threads, const Work& work) {
   double seconds = 0;
-  pool.run([&](int thread) {
-    pool.barrier();
+  ThreadPool pool(n_threads, [&](Walk& walk, const ThreadPool::Job&) {
+    walk.meet();
     const Clock::time_point started = Clock::now();
-    work(thread);
-    pool.barrier();
-    if (thread == 0) seconds = seconds_since(started);
+    work(walk.thread());
+    walk.meet();
+    if (walk.thread() == 0) seconds = seconds_since(started);
   });
+  pool.run({});
   return seconds;
 }
 
 }  // namespace
 
 double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes) {
-  ThreadPool pool(n_threads);
   const int runs = static_cast<int>(n_bytes / kReadRun);
   std::atomic<uint64_t> seen{0};
-  const double seconds = timed(pool, [&](int thread) {
+  const double seconds = timed(n_threads, [&](int thread) {
     const Range mine = share(runs, thread, n_threads);
     seen |= kernels.ceilings->read(data + int64_t{mine.begin} * kReadRun, int64_t{mine.end - mine.begin} * kReadRun);
   });
@@ -41,10 +41,9 @@ double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data,
 
 double multiply_gops(const KernelTable& kernels, int n_threads) {
   constexpr double kLeastSeconds = 0.004;  // a hundred times what threads need to meet
-  ThreadPool pool(n_threads);
   std::vector<float> sums(n_threads);
   for (int64_t n_steps = 1024;; n_steps *= 2) {
-    const double seconds = timed(pool, [&](int thread) { sums[thread] = kernels.ceilings->multiply(n_steps); });
+    const double seconds = timed(n_threads, [&](int thread) { sums[thread] = kernels.ceilings->multiply(n_steps); });
     if (seconds >= kLeastSeconds)
       return 2.0 * kernels.ceilings->multiplies_per_step * double(n_steps) * n_threads / seconds / 1e9;
   }
@@ -56,23 +55,24 @@ std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, co
   std::vector<AlignedArray<uint8_t>> scratch(n_threads);
   if (x.rows > 1)
     for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(copies[0].k));
-  ThreadPool pool(n_threads);
   std::vector<double> seconds(repeats);
-  pool.run([&](int thread) {
-    const Range panels = share(copies[0].n_panels(), thread, n_threads);
+  const int n_chunks = chunks(copies[0].n_panels(), n_threads);
+  ThreadPool pool(n_threads, [&](Walk& walk, const ThreadPool::Job&) {
     for (int i = 0; i < repeats; ++i) {
       const MatrixView& w = copies[i % copies.size()];
-      pool.barrier();
+      walk.meet();
       const Clock::time_point started = Clock::now();
-      if (panels.begin < panels.end) {
+      walk.share(n_chunks, [&](int chunk) {
+        const Range panels = share(w.n_panels(), chunk, n_chunks);
         if (x.rows == 1) kernels.matmul->lut_matmul(w, x.view, panels.begin, panels.end, nullptr, y);
         else
-          kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n, scratch[thread].get());
-      }
-      pool.barrier();
-      if (thread == 0) seconds[i] = seconds_since(started);
+          kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n,
+                                   scratch[walk.thread()].get());
+      });
+      if (walk.thread() == 0) seconds[i] = seconds_since(started);
     }
   });
+  pool.run({});
   return seconds;
 }
 

@@ -3,7 +3,9 @@
 #include <sys/mman.h>
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
+#include <cstring>
 #include <new>
 #include <utility>
 
@@ -13,6 +15,19 @@ namespace elute {
 namespace {
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
+
+constexpr int kResultRows = 256;  // rows of a panel that a chunk of products holds: 32 KiB
+
+// The panels of w as a matrix of their own.
+MatrixView part_of(const MatrixView& w, Range panels) {
+  MatrixView part = w;
+  part.n = std::min(w.n, panels.end * kPanel) - panels.begin * kPanel;
+  part.planes += panels.begin * w.panel_bytes();
+  const int64_t halves = int64_t{panels.begin} * w.n_groups() * kPanel;
+  part.scales += halves;
+  if (w.offsets) part.offsets += halves;
+  return part;
+}
 
 }  // namespace
 
@@ -33,22 +48,33 @@ Pages& Pages::operator=(Pages&& other) noexcept {
   return *this;
 }
 
+// What a forward works on, as a ThreadPool::Job: every thread has its copy, which a late one may outlive.
 struct Executor::Call {
   const int32_t* tokens;
-  int n, position;
-  bool all_logits;
   float* logits;
+  int n, position;
+  int64_t all_logits;
+
+  int first_logits_row() const { return all_logits ? 0 : n - 1; }
+};
+
+// Rows times panels of `w`, to y (of output 0) with ldy floats a row.
+struct Executor::Product {
+  const MatrixView& w;
+  const float* bias;
+  float* y;
+  int64_t ldy;
 };
 
 Executor::Executor(const KernelTable& kernels, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
                    int head_width)
     : kernels_(kernels),
-      pool_(n_threads),
       context_(round_up(context, kCacheTile)),
       chunk_(chunk),
       n_layers_(n_layers),
       n_kv_heads_(n_kv_heads),
-      head_width_(head_width) {}
+      head_width_(head_width),
+      pool_(n_threads, [this](Walk& walk, const ThreadPool::Job& job) { run(std::bit_cast<Call>(job), walk); }) {}
 
 int Executor::add_register(int width) {
   widths_.push_back(width);
@@ -87,6 +113,7 @@ void Executor::finish(const LookupRows& lookup_rows) {
     gemm_scratch_.emplace_back(gemm_scratch_bytes(widest));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
     gathered_.emplace_back(padded * 4);
+    results_.emplace_back(4 * std::max(std::max(kResultRows, chunk_) * kPanel, kAttentionRows * head_width_));
   }
 }
 
@@ -108,6 +135,7 @@ CacheView Executor::cache(int layer, int kv_head) const {
 }
 
 void Executor::forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits) {
+  // Only rows read these, so no late thread of the call before does.
   for (RopeTable& table : rope_tables_) {
     const int half = static_cast<int>(table.inverse_frequencies.size());
     for (int r = 0; r < n; ++r) {
@@ -119,26 +147,55 @@ void Executor::forward(const int32_t* tokens, int n, int position, bool all_logi
       }
     }
   }
-  const Call call{tokens, n, position, all_logits, logits};
-  pool_.run([&](int thread) {
-    // Ops that work row by row need no barrier between them: a thread keeps its rows. The others meet on their own.
-    for (const Op& op : ops_) std::visit([&](const auto& o) { run(o, call, thread); }, op);
-  });
+  pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits}));
 }
 
-void Executor::run(const EmbedOp& op, const Call& call, int thread) {
+// Parts of ops that work row by row need no meeting between them: one step takes each chunk of rows through all, up to
+// the first op that needs the others' rows.
+void Executor::run(const Call& call, Walk& walk) {
+  const int n_chunks = chunks(call.n, n_threads());
+  for (auto op = ops_.begin(); op != ops_.end();) {
+    const auto first = op;
+    op = std::find_if(op, ops_.end(), [](const Op& o) { return needs_all_rows(o); });
+    if (op != ops_.end()) ++op;
+    walk.share(n_chunks, [&](int chunk) {
+      const Range rows = share(call.n, chunk, n_chunks);
+      for (auto o = first; o != op; ++o)
+        std::visit([&](const auto& each) { run_rows(each, call, rows, walk.thread()); }, *o);
+    });
+    std::visit([&](const auto& last) { run_all(last, call, walk); }, op[-1]);
+  }
+}
+
+void Executor::run_rows(const EmbedOp& op, const Call& call, Range rows, int) {
   const MatrixView& w = matrices_[op.matrix];
-  const Range rows = share(call.n, thread, n_threads());
   for (int r = rows.begin; r < rows.end; ++r) {
     dequant_row(w, call.tokens[r], row(op.output, r));
     if (op.scale != 1.0f) kernels_.floats->scale(row(op.output, r), op.scale, w.k);
   }
 }
 
-void Executor::run(const RmsNormOp& op, const Call& call, int thread) {
-  const Range rows = share(call.n, thread, n_threads());
+void Executor::run_rows(const RmsNormOp& op, const Call&, Range rows, int) {
   for (int r = rows.begin; r < rows.end; ++r)
     kernels_.floats->rms_norm(row(op.input, r), op.weight.data(), row(op.output, r), op.width, op.n_runs, op.eps);
+}
+
+void Executor::run_rows(const RopeOp& op, const Call&, Range rows, int) {
+  const RopeTable& table = rope_tables_[op.table];
+  for (int r = rows.begin; r < rows.end; ++r) {
+    const int64_t at = int64_t{r} * (op.width / 2);
+    kernels_.floats->rope(row(op.reg, r), table.cos.data() + at, table.sin.data() + at, op.width, op.n_heads);
+  }
+}
+
+void Executor::run_rows(const GateOp& op, const Call&, Range rows, int) {
+  for (int r = rows.begin; r < rows.end; ++r)
+    kernels_.floats->gate(row(op.gate, r), row(op.up, r), row(op.output, r), widths_[op.output], op.activation);
+}
+
+void Executor::run_rows(const AddOp& op, const Call&, Range rows, int) {
+  for (int r = rows.begin; r < rows.end; ++r)
+    kernels_.floats->add(row(op.input, r), row(op.output, r), widths_[op.output]);
 }
 
 ActivationsView Executor::activations(int k, bool tables) const {
@@ -153,122 +210,141 @@ ActivationsView Executor::activations(int k, bool tables) const {
 void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows,
                              bool tables, int thread) {
   const ActivationsView all = activations(k, tables);
-  for (int r = rows.begin; r < rows.end; ++r) {
-    const float* x = row(input, first_row + r);
+  for (int r = std::max(rows.begin, first_row); r < rows.end; ++r) {
+    const float* x = row(input, r);
     if (!columns.empty()) {
       float* gathered = gathered_[thread].as<float>();
       for (int i = 0; i < k; ++i) gathered[i] = x[columns[i]];
       x = gathered;
     }
-    kernels_.matmul->quantize(x, k, all.from_row(r));
+    kernels_.matmul->quantize(x, k, all.from_row(r - first_row));
   }
 }
 
-void Executor::multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy,
-                        int thread) {
+void Executor::multiply(const Product& product, int n_rows, int thread) {
+  const MatrixView& w = product.w;
   const bool lookup = looks_up(w, n_rows);
   const ActivationsView x = activations(w.k, lookup);
-  if (lookup) matmul_by_lookup(*kernels_.matmul, w, x, n_rows, panels, bias, y, ldy);
+  const Range panels{0, w.n_panels()};
+  if (lookup) matmul_by_lookup(*kernels_.matmul, w, x, n_rows, panels, product.bias, product.y, product.ldy);
   else
-    matmul_by_multiply(*kernels_.matmul, w, x, n_rows, panels, bias, y, ldy, gemm_scratch_[thread].as<uint8_t>());
+    matmul_by_multiply(*kernels_.matmul, w, x, n_rows, panels, product.bias, product.y, product.ldy,
+                       gemm_scratch_[thread].as<uint8_t>());
 }
 
-void Executor::run(const LinearOp& op, const Call& call, int thread) {
-  const int k = matrices_[op.matrices[0]].k;
+// product(i): the i-th of n_products, which read the same activations.
+template <typename Products>
+void Executor::multiply_all(int n_products, const Products& product, int n_rows, float softcap, Walk& walk) {
   int total = 0;
+  for (int i = 0; i < n_products; ++i) total += product(i).w.n_panels();
+  const int most = std::max(1, kResultRows / n_rows);  // panels of a chunk
+  const int n_chunks = walk.alone() ? 1 : std::max(chunks(total, n_threads()), (total + most - 1) / most);
+  float* const results = results_[walk.thread()].as<float>();
+  // The products of a chunk: to their place, and to this thread's results.
+  const auto for_each = [&](int chunk, const auto& body) {
+    const Range mine = share(total, chunk, n_chunks);
+    float* result = results;
+    int first = 0;  // panels of the products before this one
+    for (int i = 0; i < n_products; ++i) {
+      const Product whole = product(i);
+      const Range panels{std::max(mine.begin - first, 0), std::min(mine.end - first, whole.w.n_panels())};
+      first += whole.w.n_panels();
+      if (panels.begin >= panels.end) continue;
+      const MatrixView w = part_of(whole.w, panels);
+      const int at = panels.begin * kPanel;
+      const float* bias = whole.bias ? whole.bias + at : nullptr;
+      body(Product{w, bias, whole.y + at, whole.ldy}, Product{w, bias, result, w.n});
+      result += int64_t{n_rows} * w.n;
+    }
+  };
+  const auto compute = [&](int chunk) {
+    for_each(chunk, [&](const Product& final, const Product& own) {
+      const Product& to = walk.alone() ? final : own;
+      multiply(to, n_rows, walk.thread());
+      for (int r = 0; softcap > 0 && r < n_rows; ++r) kernels_.floats->softcap(to.y + r * to.ldy, softcap, to.w.n);
+    });
+  };
+  if (walk.alone()) return compute(0);
+  walk.share(n_chunks, compute, [&](int chunk) {
+    for_each(chunk, [&](const Product& final, const Product& own) {
+      for (int r = 0; r < n_rows; ++r)
+        std::memcpy(final.y + r * final.ldy, own.y + r * own.ldy, own.w.n * sizeof(float));
+    });
+  });
+}
+
+void Executor::run_rows(const LinearOp& op, const Call& call, Range rows, int thread) {
   bool tables = false;
-  for (int m : op.matrices) {
-    total += matrices_[m].n_panels();
-    tables |= looks_up(matrices_[m], call.n);
-  }
-  quantize_rows(op.input, op.columns, k, 0, share(call.n, thread, n_threads()), tables, thread);
-  pool_.barrier();
-  const Range mine = share(total, thread, n_threads());
-  int first = 0;  // panels of the matrices before this one
-  for (size_t i = 0; i < op.matrices.size(); ++i) {
-    const MatrixView& w = matrices_[op.matrices[i]];
-    const Range panels{std::max(mine.begin - first, 0), std::min(mine.end - first, w.n_panels())};
-    multiply(w, call.n, panels, op.biases[i].empty() ? nullptr : op.biases[i].data(), row(op.outputs[i], 0),
-             widths_[op.outputs[i]], thread);
-    first += w.n_panels();
-  }
-  pool_.barrier();
+  for (int m : op.matrices) tables |= looks_up(matrices_[m], call.n);
+  quantize_rows(op.input, op.columns, matrices_[op.matrices[0]].k, 0, rows, tables, thread);
 }
 
-void Executor::run(const RopeOp& op, const Call& call, int thread) {
-  const RopeTable& table = rope_tables_[op.table];
-  const Range rows = share(call.n, thread, n_threads());
-  for (int r = rows.begin; r < rows.end; ++r) {
-    const int64_t at = int64_t{r} * (op.width / 2);
-    kernels_.floats->rope(row(op.reg, r), table.cos.data() + at, table.sin.data() + at, op.width, op.n_heads);
-  }
+void Executor::run_all(const LinearOp& op, const Call& call, Walk& walk) {
+  const auto product = [&](int i) {
+    return Product{matrices_[op.matrices[i]], op.biases[i].empty() ? nullptr : op.biases[i].data(),
+                   row(op.outputs[i], 0), widths_[op.outputs[i]]};
+  };
+  multiply_all(static_cast<int>(op.matrices.size()), product, call.n, 0, walk);
 }
 
-void Executor::run(const AttentionOp& op, const Call& call, int thread) {
-  const Range rows = share(call.n, thread, n_threads());
+void Executor::run_rows(const HeadOp& op, const Call& call, Range rows, int thread) {
+  if (!call.logits) return;
+  const MatrixView& w = matrices_[op.matrix];
+  const int first_row = call.first_logits_row();
+  quantize_rows(op.input, op.columns, w.k, first_row, rows, looks_up(w, call.n - first_row), thread);
+}
+
+void Executor::run_all(const HeadOp& op, const Call& call, Walk& walk) {
+  if (!call.logits) return;
+  const MatrixView& w = matrices_[op.matrix];
+  const auto product = [&](int) { return Product{w, nullptr, call.logits, w.n}; };
+  multiply_all(1, product, call.n - call.first_logits_row(), op.softcap, walk);
+}
+
+void Executor::run_rows(const AttentionOp& op, const Call& call, Range rows, int) {
   for (int r = rows.begin; r < rows.end; ++r)
     for (int h = 0; h < op.n_kv_heads; ++h)
       kernels_.floats->cache_write(cache(op.layer, h), row(op.key, r) + h * op.width, row(op.value, r) + h * op.width,
                                    call.position + r);
-  pool_.barrier();
+}
+
+void Executor::run_all(const AttentionOp& op, const Call& call, Walk& walk) {
   // Queries that share a kv head share the conversion of its keys and values; a lone token is split by query head.
   const int per_kv = op.n_heads / op.n_kv_heads;
   const int tokens = call.n == 1 ? 1 : std::max(1, kAttentionRows / per_kv);
   const int heads = call.n == 1 ? 1 : std::min(per_kv, kAttentionRows);
   const int head_blocks = (per_kv + heads - 1) / heads, token_blocks = (call.n + tokens - 1) / tokens;
-  int64_t query_offsets[kAttentionRows], output_offsets[kAttentionRows];
-  int32_t positions[kAttentionRows];
-  const int items = op.n_kv_heads * head_blocks * token_blocks;
-  for (int item = thread; item < items; item += n_threads()) {
+  float* const results = results_[walk.thread()].as<float>();
+  // body(row of the block, token, offset of the head in a register) -> kv head
+  const auto for_each = [&](int item, const auto& body) {
     const int kv_head = item % op.n_kv_heads;
     const int head_block = item / op.n_kv_heads % head_blocks;
     const int token_block = item / op.n_kv_heads / head_blocks;
     int n_rows = 0;
-    for (int t = token_block * tokens; t < std::min(call.n, (token_block + 1) * tokens); ++t) {
-      for (int h = head_block * heads; h < std::min(per_kv, (head_block + 1) * heads); ++h) {
-        const int64_t head = int64_t{kv_head} * per_kv + h;
-        query_offsets[n_rows] = int64_t{t} * widths_[op.query] + head * op.width;
-        output_offsets[n_rows] = int64_t{t} * widths_[op.output] + head * op.width;
-        positions[n_rows] = call.position + t;
-        ++n_rows;
-      }
-    }
-    const AttentionBlock block{row(op.query, 0), row(op.output, 0), query_offsets, output_offsets, positions,
-                               n_rows,           op.scale,          op.window,     op.softcap};
-    kernels_.floats->attention(cache(op.layer, kv_head), block, attention_scratch_[thread].as<void>());
-  }
-  pool_.barrier();
-}
-
-void Executor::run(const GateOp& op, const Call& call, int thread) {
-  const Range rows = share(call.n, thread, n_threads());
-  for (int r = rows.begin; r < rows.end; ++r)
-    kernels_.floats->gate(row(op.gate, r), row(op.up, r), row(op.output, r), widths_[op.output], op.activation);
-}
-
-void Executor::run(const AddOp& op, const Call& call, int thread) {
-  const Range rows = share(call.n, thread, n_threads());
-  for (int r = rows.begin; r < rows.end; ++r)
-    kernels_.floats->add(row(op.input, r), row(op.output, r), widths_[op.output]);
-}
-
-void Executor::run(const HeadOp& op, const Call& call, int thread) {
-  if (!call.logits) return;
-  const MatrixView& w = matrices_[op.matrix];
-  const int first_row = call.all_logits ? 0 : call.n - 1;
-  const int n_rows = call.n - first_row;
-  pool_.barrier();  // the last row may be another thread's
-  quantize_rows(op.input, op.columns, w.k, first_row, share(n_rows, thread, n_threads()),
-                looks_up(w, n_rows), thread);
-  pool_.barrier();
-  const Range panels = share(w.n_panels(), thread, n_threads());
-  multiply(w, n_rows, panels, nullptr, call.logits, w.n, thread);
-  if (op.softcap > 0) {
-    const int begin = panels.begin * kPanel, end = std::min(panels.end * kPanel, w.n);
-    for (int r = 0; r < n_rows && begin < end; ++r)
-      kernels_.floats->softcap(call.logits + int64_t{r} * w.n + begin, op.softcap, end - begin);
-  }
-  pool_.barrier();
+    for (int t = token_block * tokens; t < std::min(call.n, (token_block + 1) * tokens); ++t)
+      for (int h = head_block * heads; h < std::min(per_kv, (head_block + 1) * heads); ++h)
+        body(n_rows++, t, (int64_t{kv_head} * per_kv + h) * op.width);
+    return kv_head;
+  };
+  const auto compute = [&](int item) {
+    int64_t query_offsets[kAttentionRows], output_offsets[kAttentionRows];
+    int32_t positions[kAttentionRows];
+    int n_rows = 0;
+    const int kv_head = for_each(item, [&](int r, int t, int64_t head) {
+      query_offsets[r] = int64_t{t} * widths_[op.query] + head;
+      output_offsets[r] = int64_t{r} * op.width;
+      positions[r] = call.position + t;
+      n_rows = r + 1;
+    });
+    const AttentionBlock block{row(op.query, 0), results,  query_offsets, output_offsets, positions,
+                               n_rows,           op.scale, op.window,     op.softcap};
+    kernels_.floats->attention(cache(op.layer, kv_head), block, attention_scratch_[walk.thread()].as<void>());
+  };
+  walk.share(op.n_kv_heads * head_blocks * token_blocks, compute, [&](int item) {
+    for_each(item, [&](int r, int t, int64_t head) {
+      std::memcpy(row(op.output, t) + head, results + int64_t{r} * op.width, op.width * sizeof(float));
+    });
+  });
 }
 
 }  // namespace elute

@@ -98,20 +98,35 @@ class Executor {
 
  private:
   struct Call;
+  struct Product;
   struct RopeTable {
     std::vector<float> inverse_frequencies;
     float factor;
     std::vector<float> cos, sin;  // [chunk][width / 2] of the current call
   };
 
-  void run(const EmbedOp&, const Call&, int thread);
-  void run(const RmsNormOp&, const Call&, int thread);
-  void run(const LinearOp&, const Call&, int thread);
-  void run(const RopeOp&, const Call&, int thread);
-  void run(const AttentionOp&, const Call&, int thread);
-  void run(const GateOp&, const Call&, int thread);
-  void run(const AddOp&, const Call&, int thread);
-  void run(const HeadOp&, const Call&, int thread);
+  void run(const Call&, Walk&);
+
+  // Those rows of an op that need no other rows; thread: whose scratch is free.
+  void run_rows(const EmbedOp&, const Call&, Range rows, int thread);
+  void run_rows(const RmsNormOp&, const Call&, Range rows, int thread);
+  void run_rows(const LinearOp&, const Call&, Range rows, int thread);
+  void run_rows(const RopeOp&, const Call&, Range rows, int thread);
+  void run_rows(const AttentionOp&, const Call&, Range rows, int thread);
+  void run_rows(const GateOp&, const Call&, Range rows, int thread);
+  void run_rows(const AddOp&, const Call&, Range rows, int thread);
+  void run_rows(const HeadOp&, const Call&, Range rows, int thread);
+
+  // What an op does when that is done for all rows.
+  static bool needs_all_rows(const Op& op) {
+    return std::holds_alternative<LinearOp>(op) || std::holds_alternative<AttentionOp>(op) ||
+           std::holds_alternative<HeadOp>(op);
+  }
+  void run_all(const LinearOp&, const Call&, Walk&);
+  void run_all(const AttentionOp&, const Call&, Walk&);
+  void run_all(const HeadOp&, const Call&, Walk&);
+  template <typename RowOp>
+  void run_all(const RowOp&, const Call&, Walk&) {}
 
   float* row(int reg, int r) const { return registers_[reg].as<float>() + int64_t{r} * widths_[reg]; }
   CacheView cache(int layer, int kv_head) const;
@@ -119,10 +134,11 @@ class Executor {
   void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
                      int thread);
   bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
-  void multiply(const MatrixView& w, int n_rows, Range panels, const float* bias, float* y, int64_t ldy, int thread);
+  void multiply(const Product&, int n_rows, int thread);
+  template <typename Products>
+  void multiply_all(int n_products, const Products& product, int n_rows, float softcap, Walk& walk);
 
   const KernelTable& kernels_;
-  ThreadPool pool_;
   const int context_, chunk_, n_layers_, n_kv_heads_, head_width_;
   std::vector<int> widths_;
   std::vector<Pages> registers_;
@@ -131,7 +147,8 @@ class Executor {
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
   Pages cache_, q_, act_scales_, sums_, tables_, lows_;
-  std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_;
+  std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
+  ThreadPool pool_;  // last: its threads use the others until it is gone
 };
 
 }  // namespace elute
