@@ -1,6 +1,7 @@
 # make demo   set up, fetch and pack the default model, answer a prompt
 # make test   set up, run the tests          make check   lint, types, imports, documents
-# make bench  speed of the default model     make clean   remove what these made
+# make bench  speed of the default model     make ratios  speed beside llama.cpp, recorded in bench/ (bench/record.sh)
+# make clean  remove what these made
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
@@ -11,7 +12,7 @@ EMULATE := $(shell grep -qs avx512_vnni /proc/cpuinfo || test ! -e /usr/include/
 NATIVE_OPTIONS := $(if $(EMULATE),--config-settings=cmake.define.ELUTE_EMULATE_AVX512=$(EMULATE))
 BUILD_INPUTS := pyproject.toml CMakeLists.txt $(shell find csrc -type f)
 
-.PHONY: demo test check bench clean
+.PHONY: demo test check bench ratios clean
 
 demo: $(VENV)/.demo
 	@$(BIN)/elute run default --temperature 0 --max-tokens 200 "$(PROMPT)"
@@ -28,6 +29,9 @@ check: $(VENV)/.check
 
 bench: $(VENV)/.demo
 	@$(BIN)/elute bench model default
+
+ratios: $(VENV)/.demo
+	@bash bench/record.sh
 
 $(BIN)/python:
 	$(PYTHON) -m venv $(VENV) || { echo "make: $(PYTHON) -m venv failed; install python3-venv (Debian) or set PYTHON=" >&2; rm -rf $(VENV); exit 1; }

@@ -50,10 +50,11 @@ def test_a_prompt_multiplies_all_but_the_head_for_every_token():
 @pytest.mark.parametrize(
     ("recipe", "told"),
     [
-        ({"bits": 4, "group_size": 32}, "4-bit g32"),
-        ({"bits": 1, "group_size": 32}, "1-bit+offset g32"),
-        ({"bits": None, "group_size": 16}, "ternary g16"),
-        ({"bits": None, "group_size": None}, "ternary row"),
+        ({"bits": 8, "group_size": 32}, "8-bit g32"),
+        ({"bits": 4, "group_size": 32}, "4-bit g32; head 8-bit g32"),
+        ({"bits": 1, "group_size": 32}, "1-bit+offset g32; head 8-bit g32"),
+        ({"bits": None, "group_size": 16}, "ternary g16; head 8-bit g32"),
+        ({"bits": None, "group_size": None}, "ternary row; head 8-bit g32"),
     ],
 )
 def test_storage_is_told_in_short(recipe, told):

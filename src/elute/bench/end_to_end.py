@@ -151,7 +151,8 @@ def bench(
                         if progress is not None:
                             progress(done, repeats * len(ours) * len(turns))
     return [
-        Speed(*key, tuple(ours[key]), tuple(theirs[key]), _medians(limits[key])) for key in ours
+        Speed(*key, tuple(ours[key]), tuple(theirs[key]), median_ceilings(limits[key]))
+        for key in ours
     ]
 
 
@@ -201,7 +202,8 @@ class MeasuredCeilings:
         )
 
 
-def _medians(measured: Sequence[Ceilings]) -> Ceilings | None:
+def median_ceilings(measured: Sequence[Ceilings]) -> Ceilings | None:
+    """Each figure by itself; None of nothing."""
     if not measured:
         return None
     return Ceilings(

@@ -12,7 +12,7 @@ from elute.bench.random_weights import RandomWeights
 from elute.bench.shapes import shape_config
 from elute.bench.traffic import Traffic, traffic
 from elute.model.families import op_list
-from elute.model.ops import Linear, OpList
+from elute.model.ops import Head, Linear, OpList
 from elute.types import Affine, PackedMatrix, WeightSource
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ class Subject:
     """A model in memory.
 
     name    path, id or shape
-    stored  how most weights of linear layers are stored: bits, and columns that share a scale
+    stored  bits, and columns that share a scale, of most linear weights and of the head
     gguf    a file with the same weights, where there is one
     """
 
@@ -38,6 +38,14 @@ class Subject:
     stored: str
     traffic: Traffic
     gguf: Path | None = None
+
+    @property
+    def short_name(self) -> str:
+        """As records name it: no folder of this machine."""
+        if self.gguf is not None:
+            return self.gguf.name
+        path = Path(self.name)
+        return path.name if path.exists() else self.name
 
     @property
     def model_type(self) -> str:
@@ -81,14 +89,18 @@ def _subject(
 
 
 def stored_as(ops: OpList, weights: WeightSource) -> str:
-    """The storage that most weights of linear layers have."""
+    """Such as "2-bit g64; head 8-bit g32": the storage of most linear weights and of the head."""
     kinds: Counter[str] = Counter()
+    head = ""
     for op in ops.ops:
         if isinstance(op, Linear):
             for name in op.weights:
                 packed = weights.matrix(name)
                 kinds[_kind(packed)] += packed.shape[0] * packed.shape[1]
-    return kinds.most_common(1)[0][0]
+        elif isinstance(op, Head):
+            head = _kind(weights.matrix(op.weight))
+    linear = kinds.most_common(1)[0][0]
+    return linear if head == linear else f"{linear}; head {head}"
 
 
 def _kind(packed: PackedMatrix) -> str:

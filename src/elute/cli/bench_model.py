@@ -2,21 +2,28 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 
 from elute.bench.shapes import CONFIGS
 from elute.cli import options
+from elute.cli.bench_versus import (
+    DEFAULT_BITS,
+    TERNARY,
+    check_versus,
+    chosen_rival,
+    shape_bits,
+    versus_options,
+)
 
 if TYPE_CHECKING:
-    from elute.bench.end_to_end import Speed
     from elute.bench.subject import Subject
     from elute.cli.screen import Screen
 
-TERNARY = "ternary"
-DEFAULT_BITS = "4"
 DEFAULT_HEAD_BITS = 8
+WHOLE_ROW = 0  # as --group-size says it
 # Options that describe a random model; of a MODEL they would be ignored.
 OF_SHAPE = ("group_size", "head_bits", "vocabulary")
 
@@ -78,6 +85,13 @@ OF_SHAPE = ("group_size", "head_bits", "vocabulary")
 @click.option("-r", "--repeats", type=click.IntRange(1), default=5, show_default=True)
 @options.thread_counts
 @options.kernel_options
+@versus_options
+@click.option(
+    "--record",
+    type=click.Path(file_okay=False, path_type=Path),
+    metavar="FOLDER",
+    help="Merge the results into FOLDER/ratios.json and FOLDER/machines/NAME.csv.",
+)
 @options.as_json
 @options.quiet
 def command(
@@ -89,6 +103,7 @@ def command(
     threads: str | None,
     isa: str | None,
     kernel: str,
+    record: Path | None,
     as_json: bool,
     quiet: bool,
     **given: Any,
@@ -100,10 +115,14 @@ def command(
     its share of a ceiling that is measured in between: of tg, bytes a token over the bandwidth of
     reading memory in order; of pp, multiplies and adds with weights over the peak of int8.
 
+    With --versus, runs of the other program take turns with ours on the same weights, or on random
+    ones of the same shape, and the ratio is the median over neighbouring runs.
+
     Results of --json are rows as of llama-bench -o json, with keys of our own.
     """
+    from elute.bench import record as records
     from elute.bench.end_to_end import MeasuredCeilings, bench, context_of, speed_tests
-    from elute.bench.rows import row
+    from elute.cli.bench_report import print_table, told
     from elute.cli.screen import Screen, answer_json
     from elute.runtime.executor import Executor
 
@@ -112,8 +131,10 @@ def command(
     counts = options.chosen_thread_counts(threads)
     depths = options.whole_numbers("--depth", depth, least=0)
     _check_usage(model, given)
+    check_versus(given)
     with Screen(quiet=quiet) as screen:
         subject = _subject(model, given, screen)
+        rival = chosen_rival(subject, given, screen)
         tests = speed_tests(prompt, generate, depths)
         executors = {
             n: Executor(
@@ -131,21 +152,20 @@ def command(
             executors,
             tests,
             repeats=repeats,
+            rival=rival,
             ceilings=MeasuredCeilings(isa),
             progress=lambda done, total: screen("bench", done, total),
         )
+        if rival is not None and not rival.on_cpu:
+            screen.note(f"{rival.name} ran with {rival.told('backends')}, not on the CPU alone")
+        if record is not None:
+            forced = isa if kernel == "auto" else f"{isa} {kernel}"
+            for path in records.record(record, subject, speeds, isa=forced, rival=rival):
+                screen.note(f"recorded in {path}")
     if as_json:
-        answer_json(
-            {
-                "model": subject.name,
-                "bits_per_weight": round(subject.traffic.bits_per_weight, 3),
-                "isa": isa,
-                "kernel": kernel,
-                "results": [row(subject, speed, isa=isa) for speed in speeds],
-            }
-        )
-        return
-    _print(subject, speeds, isa)
+        answer_json({"kernel": kernel, **told(subject, speeds, isa=isa, rival=rival)})
+    else:
+        print_table(subject, speeds, isa=isa, rival=rival)
 
 
 def _check_usage(model: str | None, given: dict[str, Any]) -> None:
@@ -185,43 +205,12 @@ def _subject(model: str | None, given: dict[str, Any], screen: Screen) -> Subjec
         return packed_subject(name, open_packed(name, bits=width, recipe=recipe, progress=screen))
     if recipe is not None:
         return random_subject(shape, Recipe.load(recipe), vocabulary=given["vocabulary"])
-    bits = bits or DEFAULT_BITS
-    group = given["group_size"]
+    width, group = shape_bits(bits), given["group_size"]
     if group is None:
-        group = 0 if bits == TERNARY else DEFAULT_GROUP
+        group = WHOLE_ROW if width is None else DEFAULT_GROUP
     chosen = random_recipe(
-        bits=None if bits == TERNARY else int(bits),
+        bits=width,
         group_size=group or None,
         outer_bits=given["head_bits"] or DEFAULT_HEAD_BITS,
     )
     return random_subject(shape, chosen, vocabulary=given["vocabulary"])
-
-
-def _print(subject: Subject, speeds: list[Speed], isa: str) -> None:
-    from elute.bench.rows import bandwidth_share, peak_share
-
-    click.echo(
-        f"{subject.name}: {subject.model_type}, {subject.traffic.model_bytes / 1e9:.2f} GB, "
-        f"{subject.traffic.bits_per_weight:.2f} bits a weight, {isa}"
-    )
-    for n_threads in dict.fromkeys(speed.n_threads for speed in speeds):
-        ceilings = next(s.ceilings for s in speeds if s.n_threads == n_threads)
-        assert ceilings is not None
-        click.echo(
-            f"ceilings of {n_threads} thread{'s'[: n_threads - 1]}: "
-            f"read {ceilings.read_gb_s:.1f} GB/s, multiply {ceilings.multiply_gops:.0f} GOPS"
-        )
-    click.echo(
-        f"{'test':<12}{'threads':>8}{'tok/s':>10}{'best':>10}{'worst':>10}{'of read':>9}"
-        f"{'of peak':>9}"
-    )
-    for s in speeds:
-        click.echo(
-            f"{s.test.name:<12}{s.n_threads:>8}{s.median_tok_s:>10.1f}{s.best_tok_s:>10.1f}"
-            f"{s.worst_tok_s:>10.1f}{_share(bandwidth_share(subject, s)):>9}"
-            f"{_share(peak_share(subject, s)):>9}"
-        )
-
-
-def _share(value: float | None) -> str:
-    return "" if value is None else f"{value:.0%}"
