@@ -9,7 +9,7 @@ import codecs
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, lru_cache
 from typing import Any, Protocol
 
 from elute.errors import FormatError, UnsupportedError
@@ -30,6 +30,18 @@ def byte_alphabet() -> Mapping[str, int]:
     alphabet = {chr(byte): byte for byte in printable}
     alphabet.update({chr(256 + i): byte for i, byte in enumerate(hidden)})
     return alphabet
+
+
+@lru_cache(maxsize=1 << 16)
+def byte_level_bytes(token: str) -> bytes:
+    """What a token spells in byte_alphabet(); one with any other character is text.
+
+    Cached: a token of an answer is mostly one that was decoded before.
+    """
+    alphabet = byte_alphabet()
+    if all(char in alphabet for char in token):
+        return bytes(alphabet[char] for char in token)
+    return token.encode()
 
 
 @dataclass(frozen=True)
@@ -77,10 +89,7 @@ class DecoderPlan:
     def token_bytes(self, token: str) -> bytes:
         """The bytes that a token stands for away from the start of the text."""
         if self.byte_level:
-            alphabet = byte_alphabet()
-            if all(char in alphabet for char in token):
-                return bytes(alphabet[char] for char in token)
-            return token.encode()
+            return byte_level_bytes(token)
         byte = self.byte_of(token)
         return self.replaced(token).encode() if byte is None else bytes([byte])
 

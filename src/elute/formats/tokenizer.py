@@ -87,6 +87,7 @@ class Tokenizer:
     def __init__(self, backend: Backend, decoder: DecoderPlan, files: TokenizerFiles) -> None:
         self._backend = backend
         self._lock = threading.Lock()
+        self._texts: dict[int, str | None] = {}  # what token_text has looked up
         self.decoder = decoder
         self.vocabulary_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.special_tokens = named_special_tokens(files.tokenizer_config)
@@ -162,8 +163,10 @@ class Tokenizer:
 
         Raises ShapeError for a negative id.
         """
-        self._check_id(token)
-        text: str | None = self._backend.id_to_token(token)
+        if token not in self._texts:
+            self._check_id(token)
+            self._texts[token] = self._backend.id_to_token(token)
+        text = self._texts[token]
         return None if skip_special and text in self.special_texts else text
 
     def token_bytes(self, token: int) -> bytes:

@@ -125,7 +125,8 @@ class Executor:
                 f"tokens: positions {position} to {position + tokens.size - 1} do not fit a "
                 f"context of {self.context}; use a context of {position + tokens.size} or more"
             )
-        low, high = int(tokens.min()), int(tokens.max())
+        ids = tokens.tolist()  # its min and max cost a lone token less than two numpy calls
+        low, high = min(ids), max(ids)
         if low < 0 or high >= self.vocabulary:
             raise ShapeError(
                 f"tokens: found id {low if low < 0 else high}, wanted 0 to {self.vocabulary - 1}"
