@@ -27,6 +27,16 @@ double timed(int n_threads, const Work& work) {
   return seconds;
 }
 
+// Of all threads together, two operations a multiply-add.
+double operations_a_nanosecond(int n_threads, float (*work)(int64_t), int multiply_adds_per_step) {
+  constexpr double kLeastSeconds = 0.004;  // a hundred times what threads need to meet
+  std::vector<float> sums(n_threads);
+  for (int64_t n_steps = 1024;; n_steps *= 2) {
+    const double seconds = timed(n_threads, [&](int thread) { sums[thread] = work(n_steps); });
+    if (seconds >= kLeastSeconds) return 2.0 * multiply_adds_per_step * double(n_steps) * n_threads / seconds / 1e9;
+  }
+}
+
 }  // namespace
 
 double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes) {
@@ -40,13 +50,10 @@ double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data,
 }
 
 double multiply_gops(const KernelTable& kernels, int n_threads) {
-  constexpr double kLeastSeconds = 0.004;  // a hundred times what threads need to meet
-  std::vector<float> sums(n_threads);
-  for (int64_t n_steps = 1024;; n_steps *= 2) {
-    const double seconds = timed(n_threads, [&](int thread) { sums[thread] = kernels.ceilings->multiply(n_steps); });
-    if (seconds >= kLeastSeconds)
-      return 2.0 * kernels.ceilings->multiplies_per_step * double(n_steps) * n_threads / seconds / 1e9;
-  }
+  return operations_a_nanosecond(n_threads, kernels.ceilings->multiply, kernels.ceilings->multiplies_per_step);
+}
+double fma_gflops(const KernelTable& kernels, int n_threads) {
+  return operations_a_nanosecond(n_threads, kernels.ceilings->fma, kernels.ceilings->fmas_per_step);
 }
 
 std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, const std::vector<MatrixView>& copies,

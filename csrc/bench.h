@@ -14,6 +14,8 @@ double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data,
 
 // Int8 multiplies and adds a nanosecond of all threads together, operands in registers and the L1 cache.
 double multiply_gops(const KernelTable& kernels, int n_threads);
+// The same of f32.
+double fma_gflops(const KernelTable& kernels, int n_threads);
 
 // Seconds of each of `repeats` products y[M, N] = x @ w.T, the i-th with copies[i % size], all of one shape: by lookup for
 // one row, by dequantize and multiply for more. x is quantized before the clock starts. y f32 [M, N]: the last product.

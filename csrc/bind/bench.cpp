@@ -69,6 +69,15 @@ void bind_bench(nb::module_& m) {
       },
       nb::arg("isa"), nb::arg("n_threads"), "int8 multiplies and adds a nanosecond, all threads together");
   m.def(
+      "fma_gflops",
+      [](const std::string& isa, int n_threads) {
+        const KernelTable& kernels = kernels_named(isa);
+        check_threads(n_threads);
+        nb::gil_scoped_release release;
+        return fma_gflops(kernels, n_threads);
+      },
+      nb::arg("isa"), nb::arg("n_threads"), "f32 multiplies and adds a nanosecond, all threads together");
+  m.def(
       "matmul_seconds",
       [](const std::string& isa, int n_threads, const ArrayIn<float, 2>& x, const ArrayIn<uint8_t, 2>& planes,
          const HalvesOfCopies& scales, const std::optional<HalvesOfCopies>& offsets, int n, int bits, int group_size,

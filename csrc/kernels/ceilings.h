@@ -1,4 +1,5 @@
-// What bounds a matmul on this CPU, to measure its speed against: reading memory in order, and int8 multiply-adds.
+// What bounds the kernels on this CPU, to measure their speed against: reading memory in order, int8 multiply-adds for
+// matmuls, f32 ones for attention.
 // No kernel allocates, throws or knows of threads.
 #pragma once
 #include <cstdint>
@@ -14,6 +15,9 @@ struct CeilingKernels {
   // the sum of all products, which is 0.
   float (*multiply)(int64_t n_steps);
   int multiplies_per_step;  // multiply-adds, of two operations each
+  // The same of f32, in the shape of attention's register tile. Returns a sum that only keeps the work from being left out.
+  float (*fma)(int64_t n_steps);
+  int fmas_per_step;
 };
 
 extern const CeilingKernels ceiling_kernels_scalar;

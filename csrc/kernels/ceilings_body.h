@@ -1,4 +1,4 @@
-// The ceilings in the words of a vocabulary (simd/integer_*.h), which is included first.
+// The ceilings in the words of a vocabulary (simd/integer_*.h), which is included first, and of a float one, S.
 // Included by one file per ISA; everything stays in that file's anonymous namespace.
 #pragma once
 #include "kernels/ceilings.h"
@@ -75,6 +75,42 @@ float multiply(int64_t n_steps) {
   float lanes[kLanes], result = 0;
   store_floats(lanes, total);
   for (float lane : lanes) result += lane;
+  return result;
+}
+
+template <class S>
+constexpr int kFmasPerStep = S::kRows * S::kBlock * S::kLanes;
+
+template <class S>
+float fma(int64_t n_steps) {
+  using Float = typename S::Float;
+  Float sums[S::kRows][S::kBlock], values[S::kBlock];
+  float weights[S::kRows];
+#pragma GCC unroll 8
+  for (int v = 0; v < S::kBlock; ++v) {
+    values[v] = S::set1(1.0f);
+    forget(values[v]);  // equal ones would be multiplied once
+  }
+#pragma GCC unroll 16
+  for (int r = 0; r < S::kRows; ++r) {
+    weights[r] = 1.0f;
+#pragma GCC unroll 8
+    for (int v = 0; v < S::kBlock; ++v) sums[r][v] = S::zero();
+  }
+  for (int64_t step = 0; step < n_steps; ++step) {
+#pragma GCC unroll 16
+    for (int r = 0; r < S::kRows; ++r) {
+      forget(weights[r]);
+      const Float weight = S::set1(weights[r]);
+#pragma GCC unroll 8
+      for (int v = 0; v < S::kBlock; ++v) sums[r][v] = S::fma(weight, values[v], sums[r][v]);
+    }
+  }
+  float result = 0;
+#pragma GCC unroll 16
+  for (int r = 0; r < S::kRows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < S::kBlock; ++v) result += S::sum(sums[r][v]);
   return result;
 }
 
