@@ -43,7 +43,7 @@ class Shape:
         return 2 * 2 * self.n_kv_heads * self.head_width * positions
 
     def operations(self, n_tokens: int, depth: int) -> int:
-        """Multiplies and adds of one layer: every token sees `depth` keys, those before it and itself."""
+        """Multiplies and adds of one layer; a token sees `depth` keys, those before it, itself."""
         keys = n_tokens * depth + n_tokens * (n_tokens + 1) // 2
         return 4 * self.n_heads * self.head_width * keys
 
@@ -137,9 +137,7 @@ def main() -> None:
             }
             for name, value in took.items():
                 samples.setdefault((name, n), []).append(value)
-    rows = [
-        row(shape, n_layers, args.depth, args.prompt, n, samples) for n in executors
-    ]
+    rows = [row(shape, n_layers, args.depth, args.prompt, n, samples) for n in executors]
     for each in rows:
         print("  ".join(f"{name} {value}" for name, value in each.items()))
     print(json.dumps({"isa": args.isa, "shape": args.shape, "layers": n_layers, "results": rows}))
@@ -160,8 +158,7 @@ def row(
     samples: dict[tuple[str, int], list[float]],
 ) -> dict[str, float]:
     read, fma, decode, prefill = (
-        statistics.median(samples[name, n_threads])
-        for name in ("read", "fma", "decode", "prefill")
+        statistics.median(samples[name, n_threads]) for name in ("read", "fma", "decode", "prefill")
     )
     gb_s = n_layers * shape.cache_bytes(depth + 1) / decode / 1e9
     gflops = n_layers * shape.operations(prompt, depth) / prefill / 1e9

@@ -48,16 +48,6 @@ Pages& Pages::operator=(Pages&& other) noexcept {
   return *this;
 }
 
-// What a forward works on, as a ThreadPool::Job: every thread has its copy, which a late one may outlive.
-struct Executor::Call {
-  const int32_t* tokens;
-  float* logits;
-  int n, position;
-  int64_t all_logits;
-
-  int first_logits_row() const { return all_logits ? 0 : n - 1; }
-};
-
 // Rows times panels of `w`, to y (of output 0) with ldy floats a row.
 struct Executor::Product {
   const MatrixView& w;
@@ -97,7 +87,7 @@ void Executor::finish(const LookupRows& lookup_rows) {
     table.cos.resize(chunk_ * table.inverse_frequencies.size());
     table.sin.resize(table.cos.size());
   }
-  cache_ = Pages(int64_t{n_layers_} * n_kv_heads_ * context_ * head_width_ * 2 * 2);
+  allocate_cache();
   int widest = 0, looked_up = 0;
   for (const MatrixView& m : matrices_) {
     widest = std::max(widest, m.k);
@@ -113,7 +103,7 @@ void Executor::finish(const LookupRows& lookup_rows) {
     gemm_scratch_.emplace_back(gemm_scratch_bytes(widest));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
     gathered_.emplace_back(padded * 4);
-    results_.emplace_back(4 * std::max(std::max(kResultRows, chunk_) * kPanel, kAttentionRows * head_width_));
+    results_.emplace_back(4 * std::max<int64_t>(std::max(kResultRows, chunk_) * kPanel, attention_result_floats()));
   }
 }
 
@@ -126,12 +116,6 @@ int Executor::embedding_rows() const {
   for (const Op& op : ops_)
     if (const auto* embed = std::get_if<EmbedOp>(&op)) return matrices_[embed->matrix].n;
   return 0;
-}
-
-CacheView Executor::cache(int layer, int kv_head) const {
-  const int64_t one = int64_t{context_} * head_width_;  // halves of keys or of values
-  uint16_t* at = cache_.as<uint16_t>() + (int64_t{layer} * n_kv_heads_ + kv_head) * 2 * one;
-  return {at, at + one, head_width_};
 }
 
 void Executor::forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits) {
@@ -299,52 +283,6 @@ void Executor::run_all(const HeadOp& op, const Call& call, Walk& walk) {
   const MatrixView& w = matrices_[op.matrix];
   const auto product = [&](int) { return Product{w, nullptr, call.logits, w.n}; };
   multiply_all(1, product, call.n - call.first_logits_row(), op.softcap, walk);
-}
-
-void Executor::run_rows(const AttentionOp& op, const Call& call, Range rows, int) {
-  for (int r = rows.begin; r < rows.end; ++r)
-    for (int h = 0; h < op.n_kv_heads; ++h)
-      kernels_.floats->cache_write(cache(op.layer, h), row(op.key, r) + h * op.width, row(op.value, r) + h * op.width,
-                                   call.position + r);
-}
-
-void Executor::run_all(const AttentionOp& op, const Call& call, Walk& walk) {
-  // Queries that share a kv head share the conversion of its keys and values; a lone token is split by query head.
-  const int per_kv = op.n_heads / op.n_kv_heads;
-  const int tokens = call.n == 1 ? 1 : std::max(1, kAttentionRows / per_kv);
-  const int heads = call.n == 1 ? 1 : std::min(per_kv, kAttentionRows);
-  const int head_blocks = (per_kv + heads - 1) / heads, token_blocks = (call.n + tokens - 1) / tokens;
-  float* const results = results_[walk.thread()].as<float>();
-  // body(row of the block, token, offset of the head in a register) -> kv head
-  const auto for_each = [&](int item, const auto& body) {
-    const int kv_head = item % op.n_kv_heads;
-    const int head_block = item / op.n_kv_heads % head_blocks;
-    const int token_block = item / op.n_kv_heads / head_blocks;
-    int n_rows = 0;
-    for (int t = token_block * tokens; t < std::min(call.n, (token_block + 1) * tokens); ++t)
-      for (int h = head_block * heads; h < std::min(per_kv, (head_block + 1) * heads); ++h)
-        body(n_rows++, t, (int64_t{kv_head} * per_kv + h) * op.width);
-    return kv_head;
-  };
-  const auto compute = [&](int item) {
-    int64_t query_offsets[kAttentionRows], output_offsets[kAttentionRows];
-    int32_t positions[kAttentionRows];
-    int n_rows = 0;
-    const int kv_head = for_each(item, [&](int r, int t, int64_t head) {
-      query_offsets[r] = int64_t{t} * widths_[op.query] + head;
-      output_offsets[r] = int64_t{r} * op.width;
-      positions[r] = call.position + t;
-      n_rows = r + 1;
-    });
-    const AttentionBlock block{row(op.query, 0), results,  query_offsets, output_offsets, positions,
-                               n_rows,           op.scale, op.window,     op.softcap};
-    kernels_.floats->attention(cache(op.layer, kv_head), block, attention_scratch_[walk.thread()].as<void>());
-  };
-  walk.share(op.n_kv_heads * head_blocks * token_blocks, compute, [&](int item) {
-    for_each(item, [&](int r, int t, int64_t head) {
-      std::memcpy(row(op.output, t) + head, results + int64_t{r} * op.width, op.width * sizeof(float));
-    });
-  });
 }
 
 }  // namespace elute

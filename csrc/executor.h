@@ -97,7 +97,15 @@ class Executor {
   int embedding_rows() const;
 
  private:
-  struct Call;
+  // What a forward works on, as a ThreadPool::Job: every thread has its copy, which a late one may outlive.
+  struct Call {
+    const int32_t* tokens;
+    float* logits;
+    int n, position;
+    int64_t all_logits;
+
+    int first_logits_row() const { return all_logits ? 0 : n - 1; }
+  };
   struct Product;
   struct RopeTable {
     std::vector<float> inverse_frequencies;
@@ -129,7 +137,14 @@ class Executor {
   void run_all(const RowOp&, const Call&, Walk&) {}
 
   float* row(int reg, int r) const { return registers_[reg].as<float>() + int64_t{r} * widths_[reg]; }
+  // executor_attention.cpp
+  struct QueryRows;
+  void allocate_cache();
+  int n_heads() const;  // most of an attention op
+  int64_t attention_result_floats() const;
   CacheView cache(int layer, int kv_head) const;
+  void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
+  void attend_spans(const AttentionOp&, const Call&, Walk&);
   ActivationsView activations(int k, bool tables) const;  // of the op that runs
   void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
                      int thread);
@@ -146,7 +161,7 @@ class Executor {
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
-  Pages cache_, q_, act_scales_, sums_, tables_, lows_;
+  Pages cache_, partials_, q_, act_scales_, sums_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   ThreadPool pool_;  // last: its threads use the others until it is gone
 };

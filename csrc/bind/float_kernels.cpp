@@ -1,11 +1,9 @@
 // The float kernels one by one, for tests and benchmarks. Results are new arrays, but for rope, add, scale, softcap and
 // cache_write, which change the argument their contract (kernels/float_kernels.h) changes.
+#include "attention_call.h"
 #include "bind/bind.h"
 
 #include <nanobind/stl/pair.h>
-
-#include <cstdlib>
-#include <cstring>
 
 namespace elute {
 struct Half {
@@ -56,16 +54,14 @@ Activation activation_named(const std::string& name) {
   refuse("gate: found activation '" + name + "', wanted silu, gelu_tanh or relu2");
 }
 
-// keys [tiles, D, kCacheTile], values [tiles * kCacheTile, D] of one kv head.
-template <typename Keys, typename Values>
-CacheView cache_view(const Keys& keys, const Values& values) {
-  const size_t width = keys.shape(1);
-  if (width < 2 || width % 2) refuse("keys: found head width " + std::to_string(width) + ", wanted an even one");
-  want_shape("keys", keys, {keys.shape(0), width, size_t{kCacheTile}});
-  want_shape("values", values, {keys.shape(0) * kCacheTile, width});
+// cache u8 [tiles, cache_tile_bytes] of one kv head.
+template <typename Cache>
+CacheView cache_view(const Cache& cache, int head_width) {
+  if (head_width < 2 || head_width % 2)
+    refuse("cache: found head width " + std::to_string(head_width) + ", wanted an even one");
+  want_shape("cache", cache, {cache.shape(0), static_cast<size_t>(cache_tile_bytes(head_width))});
   // Reading kernels take the same view; they never write through it.
-  return {const_cast<uint16_t*>(bits(keys.data())), const_cast<uint16_t*>(bits(values.data())),
-          static_cast<int>(width)};
+  return {const_cast<uint8_t*>(cache.data()), head_width};
 }
 
 // The kernels of one level.
@@ -131,46 +127,45 @@ class BoundFloatKernels {
     return owned_array(std::move(y), {x.shape(0)});
   }
 
-  void cache_write(const ArrayInOut<Half, 3>& keys, const ArrayInOut<Half, 2>& values, const ArrayIn<float, 1>& key,
-                   const ArrayIn<float, 1>& value, int position) const {
-    const CacheView cache = cache_view(keys, values);
-    want_shape("cache_write: key", key, {keys.shape(1)});
-    want_shape("cache_write: value", value, {keys.shape(1)});
-    want_position(position, values.shape(0));
-    kernels_->cache_write(cache, key.data(), value.data(), position);
+  void cache_write(const ArrayInOut<uint8_t, 2>& cache, const ArrayIn<float, 1>& key, const ArrayIn<float, 1>& value,
+                   int position) const {
+    const CacheView view = cache_view(cache, static_cast<int>(key.shape(0)));
+    want_shape("cache_write: value", value, {key.shape(0)});
+    want_position(position, cache.shape(0));
+    kernels_->cache_write(view, key.data(), value.data(), position);
   }
 
-  nb::object attention(const ArrayIn<Half, 3>& keys, const ArrayIn<Half, 2>& values, const ArrayIn<float, 2>& query,
-                       const ArrayIn<int32_t, 1>& positions, float scale, int window, float softcap) const {
-    const CacheView cache = cache_view(keys, values);
-    const size_t rows = query.shape(0), width = keys.shape(1);
+  nb::object attention(const ArrayIn<uint8_t, 2>& cache, const ArrayIn<float, 2>& query,
+                       const ArrayIn<int32_t, 1>& positions, float scale, int window, float softcap,
+                       bool by_spans) const {
+    const size_t rows = query.shape(0), width = query.shape(1);
+    const CacheView view = cache_view(cache, static_cast<int>(width));
     if (rows < 1 || rows > kAttentionRows)
       refuse("attention: found " + std::to_string(rows) + " queries, wanted 1 to " + std::to_string(kAttentionRows));
-    want_shape("attention: query", query, {rows, width});
     want_shape("attention: positions", positions, {rows});
-    if (window < 0 || !(softcap >= 0)) refuse("attention: window and softcap must not be negative");
+    if (!(scale > 0) || window < 0 || !(softcap >= 0))
+      refuse("attention: scale must be positive, window and softcap not negative");
     int64_t offsets[kAttentionRows];
     for (size_t r = 0; r < rows; ++r) {
-      want_position(positions.data()[r], values.shape(0));
+      want_position(positions.data()[r], cache.shape(0));
       offsets[r] = static_cast<int64_t>(r * width);
     }
+    if (by_spans)
+      for (size_t r = 1; r < rows; ++r)
+        if (positions.data()[r] != positions.data()[0]) refuse("attention: by_spans wants queries at one position");
     auto output = std::make_unique<float[]>(rows * width);
-    const AttentionBlock block{query.data(), output.get(), offsets, offsets, positions.data(), static_cast<int>(rows),
-                               scale,        window,       softcap};
-    const size_t bytes = (attention_scratch_bytes(cache.head_width) + 63) / 64 * 64;
-    const std::unique_ptr<void, decltype(&std::free)> scratch(std::aligned_alloc(64, bytes), &std::free);
-    if (!scratch) throw std::bad_alloc();
-    std::memset(scratch.get(), 0xff, bytes);  // NaNs: a kernel that reads what it did not write is seen
+    const AttentionBlock block{query.data(), offsets, positions.data(), static_cast<int>(rows), scale, window, softcap};
     {
       nb::gil_scoped_release release;
-      kernels_->attention(cache, block, scratch.get());
+      attend(*kernels_, view, block, by_spans, output.get());
     }
     return owned_array(std::move(output), {rows, width});
   }
 
  private:
   static size_t blocks_of(const ArrayIn<float, 1>& x) { return (x.size() + kPeakBlock - 1) / kPeakBlock; }
-  static void want_position(int position, size_t context) {
+  static void want_position(int position, size_t n_tiles) {
+    const size_t context = n_tiles * kCacheTile;
     if (position < 0 || static_cast<size_t>(position) >= context)
       refuse("position: found " + std::to_string(position) + ", wanted one below " + std::to_string(context));
   }
@@ -199,12 +194,14 @@ void bind_float_kernels(nb::module_& m) {
            "x [n] <= peak -> f64, the sum of each block's masses")
       .def("to_f16", &Bound::to_f16, nb::arg("x"), "f32 -> f16, ties to even")
       .def("from_f16", &Bound::from_f16, nb::arg("x"), "f16 -> f32")
-      .def("cache_write", &Bound::cache_write, nb::arg("keys").noconvert(), nb::arg("values").noconvert(),
-           nb::arg("key"), nb::arg("value"), nb::arg("position"),
-           "keys f16 [context / 64, D, 64] and values f16 [context, D] get one position in place")
-      .def("attention", &Bound::attention, nb::arg("keys"), nb::arg("values"), nb::arg("query"), nb::arg("positions"),
-           nb::arg("scale"), nb::arg("window") = 0, nb::arg("softcap") = 0.0f,
-           "query f32 [M, D] at positions i32 [M], M at most 64 -> f32 [M, D]");
+      .def("cache_write", &Bound::cache_write, nb::arg("cache").noconvert(), nb::arg("key"), nb::arg("value"),
+           nb::arg("position"), "cache u8 [tiles, cache_tile_bytes(D)] gets one position's key and value f32 [D]")
+      .def("attention", &Bound::attention, nb::arg("cache"), nb::arg("query"), nb::arg("positions"), nb::arg("scale"),
+           nb::arg("window") = 0, nb::arg("softcap") = 0.0f, nb::arg("by_spans") = false,
+           "query f32 [M, D] at positions i32 [M], M at most ATTENTION_ROWS -> f32 [M, D]; by_spans: in two steps");
+  m.attr("ATTENTION_ROWS") = kAttentionRows;
+  m.attr("ATTENTION_SPAN") = kAttentionSpan;
+  m.def("cache_tile_bytes", &cache_tile_bytes, nb::arg("head_width"));
 }
 
 }  // namespace elute

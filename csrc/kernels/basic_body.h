@@ -2,35 +2,10 @@
 #pragma once
 #include "kernels/float_kernels.h"
 #include "kernels/transcendental.h"
+#include "kernels/vectors.h"
 
 namespace elute {
 namespace {
-
-// How a body touches memory: whole vectors, or the last n < kLanes values of a run. The arithmetic is the same,
-// so a value does not depend on where in a run it stands.
-template <class S>
-struct Whole {
-  template <class T>
-  typename S::Float load(const T* p) const { return S::load(p); }
-  template <class T>
-  void store(T* p, typename S::Float a) const { S::store(p, a); }
-};
-template <class S>
-struct Tail {
-  int n;
-  template <class T>
-  typename S::Float load(const T* p) const { return S::load_n(p, n); }  // missing lanes are 0
-  template <class T>
-  void store(T* p, typename S::Float a) const { S::store_n(p, a, n); }
-};
-
-// body(first index, memory) for each vector of n values.
-template <class S, class Body>
-void for_vectors(int64_t n, Body body) {
-  int64_t i = 0;
-  for (; i + S::kLanes <= n; i += S::kLanes) body(i, Whole<S>{});
-  if (i < n) body(i, Tail<S>{static_cast<int>(n - i)});
-}
 
 // 8 sums hide the latency of fma (4 cycles, 2 a cycle) and, on one lane, keep the rounding error small.
 constexpr int kNormSums = 8;
@@ -126,20 +101,6 @@ void to_f16(const float* x, uint16_t* y, int64_t n) {
 template <class S>
 void from_f16(const uint16_t* x, float* y, int64_t n) {
   for_vectors<S>(n, [=](int64_t i, auto memory) { memory.store(y + i, memory.load(x + i)); });
-}
-
-template <class S>
-void cache_write(const CacheView& cache, const float* key, const float* value, int position) {
-  const int64_t width = cache.head_width;
-  to_f16<S>(value, cache.values + position * width, width);
-  uint16_t* channels = cache.keys + position / kCacheTile * width * kCacheTile + position % kCacheTile;
-  for_vectors<S>(width, [=](int64_t channel, auto memory) {
-    uint16_t halves[S::kLanes];
-    S::store(halves, memory.load(key + channel));
-    const int64_t left = width - channel;
-    const int n = left < S::kLanes ? static_cast<int>(left) : S::kLanes;
-    for (int i = 0; i < n; ++i) channels[(channel + i) * kCacheTile] = halves[i];
-  });
 }
 
 }  // namespace

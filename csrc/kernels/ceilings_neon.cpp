@@ -1,7 +1,9 @@
+#include "simd/float_neon.h"
 #include "simd/integer_neon.h"
-// The vocabulary must come first.
+// The vocabularies must come first.
 #include "kernels/ceilings_body.h"
 
 namespace elute {
-const CeilingKernels ceiling_kernels_neon = {read, multiply, kMultipliesPerStep};
+const CeilingKernels ceiling_kernels_neon = {
+    read, multiply, kMultipliesPerStep, fma<FloatNeon>, kFmasPerStep<FloatNeon>};
 }

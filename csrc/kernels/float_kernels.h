@@ -5,43 +5,11 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/attention.h"
+
 namespace elute {
 
-constexpr int kCacheTile = 64;  // positions whose keys lie channel-major side by side: 8 AVX2 sums of 8 scores
-
 enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
-
-// The cache of one kv head of one layer. head_width D is a multiple of 2.
-//   keys    f16 [context / kCacheTile][D][kCacheTile]   channel-major tiles: scores of a tile are D broadcasts
-//   values  f16 [context][D]
-// context is a multiple of kCacheTile. Both 64-byte aligned.
-struct CacheView {
-  uint16_t* keys;
-  uint16_t* values;
-  int head_width;
-};
-
-// One block of queries against one kv head. Row r of the block is a query at `positions[r]` with its vector at
-// query + r * query_stride and its result at output + r * output_stride (strides in floats).
-struct AttentionBlock {
-  const float* query;
-  float* output;
-  const int64_t* query_offsets;   // [n_rows] in floats from `query`
-  const int64_t* output_offsets;  // [n_rows] in floats from `output`
-  const int32_t* positions;       // [n_rows], keys 0..position are visible
-  int n_rows;                     // at most kAttentionRows
-  float scale;
-  int window;     // 0: none; else keys at position-window+1 .. position
-  float softcap;  // 0: none
-};
-constexpr int kAttentionRows = 64;
-
-// Bytes of scratch that `attention` needs (64-byte aligned), for any block: one tile in f32, then per row a score for
-// each of its keys, the sums (D up to whole 16-lane vectors), the largest score and the total.
-constexpr int64_t attention_scratch_bytes(int head_width) {
-  const int64_t padded = (head_width + 15) / 16 * 16;
-  return 64 + 4 * (kCacheTile * padded + int64_t{kAttentionRows} * (kCacheTile + padded + 2));
-}
 
 constexpr int kPeakBlock = 128;  // logits that share a peak and a sum: 150k of them have 1.2k, which are quick to select from
 
@@ -71,8 +39,16 @@ struct FloatKernels {
   void (*masses)(const float* x, int64_t n, float peak, float inverse_temperature, float* y);
   // The sum of the masses of each block.
   void (*block_masses)(const float* x, int64_t n, float peak, float inverse_temperature, double* sums);
-  // Online softmax over tiles of kCacheTile keys in ascending order, tiles aligned to kCacheTile.
-  void (*attention)(const CacheView& cache, const AttentionBlock& block, void* scratch);
+  // output + output_offsets[r] (in floats) gets row r's softmax(scale * q.k) v [D]: online over the tiles of each span
+  // of kAttentionSpan keys, then over the spans, both in ascending order and aligned to multiples of their length.
+  void (*attention)(const CacheView& cache, const AttentionBlock& block, float* output, const int64_t* output_offsets,
+                    void* scratch);
+  // The same in two steps, for threads that share a long cache: each span that a row sees, row r's result at
+  // partials + r * stride (in floats); then one row's spans, ascending, `stride` apart, which are used up. The same bits
+  // as `attention`.
+  void (*attention_span)(const CacheView& cache, const AttentionBlock& block, int span, float* partials, int64_t stride,
+                         void* scratch);
+  void (*attention_merge)(float* partials, int64_t stride, int n_spans, int head_width, float* output);
 };
 
 extern const FloatKernels float_kernels_scalar;

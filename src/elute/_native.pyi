@@ -57,19 +57,22 @@ class float_kernels:
     ) -> npt.NDArray[np.float64]: ...
     def to_f16(self, x: _F32) -> _F16: ...
     def from_f16(self, x: _F16) -> _F32: ...
-    def cache_write(
-        self, keys: _F16, values: _F16, key: _F32, value: _F32, position: int
-    ) -> None: ...
+    def cache_write(self, cache: _U8, key: _F32, value: _F32, position: int) -> None: ...
     def attention(
         self,
-        keys: _F16,
-        values: _F16,
+        cache: _U8,
         query: _F32,
         positions: _I32,
         scale: float,
         window: int = 0,
         softcap: float = 0.0,
+        by_spans: bool = False,
     ) -> _F32: ...
+
+ATTENTION_ROWS: int
+ATTENTION_SPAN: int
+
+def cache_tile_bytes(head_width: int) -> int: ...
 
 class Executor:
     def __init__(

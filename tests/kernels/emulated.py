@@ -152,13 +152,12 @@ class FloatKernels:
     def from_f16(self, x):
         return self._call("from_f16", x)[0]
 
-    def cache_write(self, keys, values, key, value, position):
-        keys[...], values[...] = self._call("cache_write", keys, values, key, value, int(position))
+    def cache_write(self, cache, key, value, position):
+        cache[...] = self._call("cache_write", cache, key, value, int(position))[0]
 
-    def attention(self, keys, values, query, positions, scale, window=0, softcap=0.0):
-        return self._call(
-            "attention", keys, values, query, positions, float(scale), int(window), float(softcap)
-        )[0]
+    def attention(self, cache, query, positions, scale, window=0, softcap=0.0, *, by_spans=False):
+        numbers = float(scale), int(window), float(softcap), int(by_spans)
+        return self._call("attention", cache, query, positions, *numbers)[0]
 
 
 class NativeExecutor:

@@ -121,7 +121,12 @@ def test_cuts_and_threads_do_not_change_a_bit(
     ops, source, _ = made(family, max_position_embeddings=400)
     tokens = some_tokens(CHUNK + 40, ops.vocabulary)
     whole = Executor(ops, source, isa=isa, n_threads=1).forward(tokens, 0, all_logits=True)
-    for n_threads, cuts in ((1, [1, 2, 5, 70]), (2, [64, 65, 66, 67]), (3, [3, 40]), (5, [])):
+    for n_threads, cuts in (
+        (1, [1, 2, 5, 70]),
+        (2, [64, 65, 66, 67]),
+        (3, [3, 40, 255, 256, 257, 290]),  # one token, spans split unevenly
+        (5, [280, 281]),
+    ):
         executor = Executor(ops, source, isa=isa, n_threads=n_threads)
         at = 0
         for cut in [*cuts, tokens.size]:

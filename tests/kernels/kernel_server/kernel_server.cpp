@@ -6,6 +6,7 @@
 #include <stdexcept>
 
 #include "activations.h"
+#include "attention_call.h"
 #include "bench.h"
 #include "executor.h"
 #include "matmul_rows.h"
@@ -189,32 +190,25 @@ void add_float_calls(Calls& calls) {
   };
   calls["cache_write"] = [](Request& in, Reply& out) {
     const FloatKernels& kernels = floats(in);
-    const auto keys = in.array<uint16_t>(), values = in.array<uint16_t>();
+    const auto cache = in.array<uint8_t>();
     const auto key = in.array<float>(), value = in.array<float>();
-    kernels.cache_write({keys.data(), values.data(), keys.shape(1)}, key.data(), value.data(),
-                        static_cast<int>(in.integer()));
-    out.add(keys);
-    out.add(values);
+    kernels.cache_write({cache.data(), key.shape(0)}, key.data(), value.data(), static_cast<int>(in.integer()));
+    out.add(cache);
   };
   calls["attention"] = [](Request& in, Reply& out) {
     const FloatKernels& kernels = floats(in);
-    const auto keys = in.array<uint16_t>(), values = in.array<uint16_t>();
+    const auto cache = in.array<uint8_t>();
     const auto query = in.array<float>();
     const auto positions = in.array<int32_t>();
-    const CacheView cache{keys.data(), values.data(), keys.shape(1)};
     int64_t offsets[kAttentionRows];
-    for (int r = 0; r < query.shape(0); ++r) offsets[r] = int64_t{r} * cache.head_width;
-    std::vector<float> output(query.size());
+    for (int r = 0; r < query.shape(0); ++r) offsets[r] = int64_t{r} * query.shape(1);
     const float scale = static_cast<float>(in.number());
     const int window = static_cast<int>(in.integer());
     const float softcap = static_cast<float>(in.number());
-    const int64_t bytes = attention_scratch_bytes(cache.head_width);
-    const auto scratch = aligned<uint8_t>(bytes);
-    std::memset(scratch.get(), 0xff, bytes);  // NaNs: a kernel that reads what it did not write is seen
-    kernels.attention(cache,
-                      {query.data(), output.data(), offsets, offsets, positions.data(), query.shape(0), scale, window,
-                       softcap},
-                      scratch.get());
+    const bool by_spans = in.integer() != 0;
+    std::vector<float> output(query.size());
+    attend(kernels, {cache.data(), query.shape(1)},
+           {query.data(), offsets, positions.data(), query.shape(0), scale, window, softcap}, by_spans, output.data());
     out.add(output.data(), query.sides());
   };
 }
