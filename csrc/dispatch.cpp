@@ -19,13 +19,18 @@ std::vector<KernelTable> detect() {
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && f16c)
     found.push_back({"avx2", &matmul_kernels_avx2, &float_kernels_avx2, &ceiling_kernels_avx2});
 #if defined(ELUTE_EMULATE_AVX512)
-  const bool avx512 = found.size() == 2;
+  const bool avx512 = found.size() == 2, gfni = true;
 #else
   const bool avx512 = found.size() == 2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
+  const bool gfni = __builtin_cpu_supports("gfni");
 #endif
-  if (avx512) found.push_back({"avx512", &matmul_kernels_avx512, &float_kernels_avx512, &ceiling_kernels_avx512});
+  if (avx512) {
+    static MatmulKernels matmul = matmul_kernels_avx512;
+    if (gfni) matmul.lut_multiply = lut_multiply_gfni;
+    found.push_back({"avx512", &matmul, &float_kernels_avx512, &ceiling_kernels_avx512});
+  }
 #elif defined(__aarch64__)
   // Half-precision conversions are part of every ARMv8, dot products of ARMv8.2 are not.
   if (getauxval(AT_HWCAP) & HWCAP_ASIMDDP) {

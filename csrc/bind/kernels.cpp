@@ -76,10 +76,12 @@ void bind_kernels(nb::module_& m) {
       "lut_matmul",
       [](const std::string& isa, const ArrayIn<float, 2>& x, const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales,
          const std::optional<HalvesIn>& offsets, int n, int bits, int group_size, int zero, const std::string& affine,
-         const std::optional<ArrayIn<float, 1>>& bias, bool lookup) {
+         const std::optional<ArrayIn<float, 1>>& bias, bool lookup, bool direct) {
         const KernelTable& kernels = kernels_named(isa);
         const int k = static_cast<int>(x.shape(1)), rows = static_cast<int>(x.shape(0));
         const MatrixView w = matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine);
+        if (direct && !kernels.matmul->lut_multiply)
+          throw std::invalid_argument("direct: level " + isa + " has no such kernel");
         if (bias && static_cast<int>(bias->shape(0)) != n) throw std::invalid_argument("bias: wanted [N]");
         auto y = std::make_unique<float[]>(int64_t{rows} * n);
         {
@@ -89,17 +91,23 @@ void bind_kernels(nb::module_& m) {
           const Range all{0, w.n_panels()};
           if (lookup) {
             matmul_by_lookup(*kernels.matmul, w, a.view, rows, all, b, y.get(), n);
+          } else if (direct) {
+            kernels.matmul->lut_multiply(w, a.view, rows, all.begin, all.end, b, y.get(), n);
           } else {
             auto scratch = aligned<uint8_t>(gemm_scratch_bytes(k));
-            matmul_by_multiply(*kernels.matmul, w, a.view, rows, all, b, y.get(), n, scratch.get());
+            kernels.matmul->lut_gemm(w, a.view, rows, all.begin, all.end, b, y.get(), n, scratch.get());
           }
         }
         return owned_array(std::move(y), {static_cast<size_t>(rows), static_cast<size_t>(n)});
       },
       nb::arg("isa"), nb::arg("x"), nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"),
       nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), nb::arg("bias").none() = nb::none(),
-      nb::arg("lookup") = true,
-      "y f32 [M, N] = x @ w.T by lookup, or with lookup=False by dequantize and multiply; the same bits.");
+      nb::arg("lookup") = true, nb::arg("direct") = false,
+      "y f32 [M, N] = x @ w.T by lookup, or with lookup=False by multiply, codes unpacked in scratch or with direct=True "
+      "in registers; the same bits.");
+  m.def(
+      "multiplies_directly", [](const std::string& isa) { return kernels_named(isa).matmul->lut_multiply != nullptr; },
+      nb::arg("isa"), "whether the level has a kernel that multiplies few rows without scratch");
 
   m.def(
       "race_seconds",

@@ -1,4 +1,4 @@
-// What lookup and multiply share: sections of a code, segments of a row, the float end of a group.
+// What lookup and multiply share: widths and sections of a code, segments of a row, the float end of a group.
 #pragma once
 #include "kernels/matmul.h"
 
@@ -19,6 +19,13 @@ ELUTE_INLINE void for_each_section(F&& f) {
     f.template operator()<First, planes>();
     for_each_section<Bits, First + planes>(f);
   }
+}
+
+// Calls f.template operator()<Bits>() for the bits of a matrix.
+template <int Bits = 1, typename F>
+inline void with_bits(int bits, F&& f) {
+  if (bits == Bits) return f.template operator()<Bits>();
+  if constexpr (Bits < 8) with_bits<Bits + 1>(bits, f);
 }
 
 // The columns that share a weight group and an activation block.

@@ -65,6 +65,10 @@ struct MatmulKernels {
                    const float* bias, float* y, int64_t ldy, uint8_t* scratch);
   // Level 1 of the two-level lookup: codes u8 [quad][kPanel][kLutWidth] of a panel, whole blocks; 64-byte aligned.
   void (*lut_dequant)(const MatrixView& w, int panel, uint8_t* codes);
+  // lut_gemm for few rows, without scratch: codes are unpacked in registers, again for every few rows. Null where the
+  // instructions for that cost more than they save.
+  void (*lut_multiply)(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
+                       const float* bias, float* y, int64_t ldy) = nullptr;
 };
 
 // One output row as f32 [k] (an embedding): scalar, the same bits as lut_dequant plus the affine map.
@@ -74,6 +78,9 @@ extern const MatmulKernels matmul_kernels_scalar;
 #if defined(__x86_64__)
 extern const MatmulKernels matmul_kernels_avx2;
 extern const MatmulKernels matmul_kernels_avx512;
+// Few rows in AVX-512 with GFNI.
+void lut_multiply_gfni(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
+                       const float* bias, float* y, int64_t ldy);
 #elif defined(__aarch64__)
 extern const MatmulKernels matmul_kernels_neon;
 extern const MatmulKernels matmul_kernels_neon_i8mm;

@@ -7,12 +7,6 @@
 namespace elute {
 namespace {
 
-template <int Bits = 1, typename F>
-inline void with_bits(int bits, F&& f) {
-  if (bits == Bits) return f.template operator()<Bits>();
-  if constexpr (Bits < 8) with_bits<Bits + 1>(bits, f);
-}
-
 void lut_matmul(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
                 float* y) {
   with_bits(w.bits, [&]<int Bits>() { lut_matmul_bits<Bits>(w, x, panel_begin, panel_end, bias, y); });

@@ -26,7 +26,9 @@ def lut_matmul(
     affine: str,
     bias: _F32 | None = None,
     lookup: bool = True,
+    direct: bool = False,
 ) -> _F32: ...
+def multiplies_directly(isa: str) -> bool: ...
 def lut_dequant(isa: str, planes: _U8, n: int, k: int, bits: int) -> _U8: ...
 def dequant_rows(
     planes: _U8,

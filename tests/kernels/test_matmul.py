@@ -26,6 +26,38 @@ def test_every_level_is_tested_here() -> None:
     assert not _native.emulates_avx512 or _native.best_isa() == "avx2"
 
 
+def ways(isa: str) -> list[dict[str, bool]]:
+    """All kernels: lookup, codes in scratch, and where there is one, codes in registers."""
+    direct = isa in _native.isas() and _native.multiplies_directly(isa)
+    found = [{"lookup": True}, {"lookup": False}]
+    return [*found, {"lookup": False, "direct": True}] if direct else found
+
+
+def test_emulated_avx512_multiplies_few_rows_directly() -> None:
+    if not _native.emulates_avx512:
+        pytest.skip("this build does not emulate AVX-512")
+    assert [len(ways(isa)) for isa in _native.isas()] == [2, 2, 3]
+    packed = quads.pack(random_matrix(45, 64, bits=4, group_size=32, affine=Affine.MIN, seed=1))
+    with pytest.raises(ValueError, match="direct: level avx2 has no such kernel"):
+        _native.lut_matmul(
+            "avx2", inputs(1, 64, seed=2), **arguments(packed), lookup=False, direct=True
+        )
+
+
+@pytest.mark.parametrize("bits", range(1, 9))
+def test_rows_that_share_their_codes_keep_their_bits(bits: int) -> None:
+    """Every number of rows around the tiles of the direct kernel."""
+    if "avx512" not in ISAS or not _native.multiplies_directly("avx512"):
+        pytest.skip("no AVX-512 with GFNI here, nor its emulation")
+    matrix = random_matrix(40, 192, bits=bits, group_size=64, affine=Affine.ZERO, seed=bits)
+    packed = quads.pack(matrix)
+    x = inputs(17, 192, seed=bits)
+    want = lut_matmul.lut_matmul(x, packed)
+    for m in (1, 2, 3, 4, 5, 6, 7, 8, 9, 16, 17):
+        got = _native.lut_matmul("avx512", x[:m], **arguments(packed), lookup=False, direct=True)
+        assert np.array_equal(got, want[:m]), m
+
+
 def padded(planes: np.ndarray) -> np.ndarray:
     return np.concatenate([planes, np.full(64, 0xAB, np.uint8)])
 
@@ -76,9 +108,9 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
             packed = quads.pack(matrix)
             x = inputs(m, k, seed=bits)
             want = lut_matmul.lut_matmul(x, packed)
-            for lookup in (True, False):
-                got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
-                assert np.array_equal(got, want), (affine, n, m, lookup, np.abs(got - want).max())
+            for way in ways(isa):
+                got = levels.lut_matmul(isa, x, **arguments(packed), **way)
+                assert np.array_equal(got, want), (affine, n, m, way, np.abs(got - want).max())
 
 
 def extreme_inputs(k: int) -> np.ndarray:
@@ -103,9 +135,9 @@ def test_the_largest_sums_do_not_overflow(isa: str, bits: int, k: int) -> None:
     packed = quads.pack(matrix)
     x = extreme_inputs(k)
     want = lut_matmul.lut_matmul(x, packed)
-    for lookup in (True, False):
-        got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
-        assert np.array_equal(got, want), (lookup, np.abs(got - want).max())
+    for way in ways(isa):
+        got = levels.lut_matmul(isa, x, **arguments(packed), **way)
+        assert np.array_equal(got, want), (way, np.abs(got - want).max())
 
 
 @pytest.mark.parametrize("isa", ISAS)
@@ -114,8 +146,8 @@ def test_what_is_not_finite_stays_seen(isa: str, bad: float) -> None:
     packed = quads.pack(random_matrix(33, 128, bits=4, group_size=32, affine=Affine.MIN, seed=1))
     x = np.tile(inputs(2, 128, seed=1)[1:], (129, 1))
     x[np.arange(128), np.arange(128)] = bad  # row r has it at column r, the last row nowhere
-    for lookup in (True, False):
-        got = levels.lut_matmul(isa, x, **arguments(packed), lookup=lookup)
+    for way in ways(isa):
+        got = levels.lut_matmul(isa, x, **arguments(packed), **way)
         assert not np.isfinite(got[:-1]).any()
         assert np.isfinite(got[-1]).all()
     scales = levels.quantize_activations(isa, x)[1]
@@ -147,20 +179,20 @@ def test_no_kernel_reads_beyond_what_it_was_promised(isa: str, bits: int) -> Non
             given[name] = at_the_end_of_memory(given[name])
         x = at_the_end_of_memory(inputs(3, k, seed=k))
         want = lut_matmul.lut_matmul(x, packed)
-        for lookup in (True, False):
-            assert np.array_equal(levels.lut_matmul(isa, x, **given, lookup=lookup), want)
+        for way in ways(isa):
+            assert np.array_equal(levels.lut_matmul(isa, x, **given, **way), want)
         codes = levels.lut_dequant(isa, given["planes"], 33, k, bits)
         assert np.array_equal(codes, matrix.codes)
 
 
 @pytest.mark.parametrize("isa", ISAS)
-@pytest.mark.parametrize("lookup", [True, False])
-def test_bias_is_added_last(isa: str, lookup: bool) -> None:
+def test_bias_is_added_last(isa: str) -> None:
     matrix = random_matrix(45, 64, bits=4, group_size=32, affine=Affine.MIN, seed=1)
     packed = quads.pack(matrix)
     x, bias = inputs(4, 64, seed=2), np.arange(45, dtype=np.float32)
-    got = levels.lut_matmul(isa, x, **arguments(packed), bias=bias, lookup=lookup)
-    assert np.array_equal(got, lut_matmul.lut_matmul(x, packed) + bias)
+    for way in ways(isa):
+        got = levels.lut_matmul(isa, x, **arguments(packed), bias=bias, **way)
+        assert np.array_equal(got, lut_matmul.lut_matmul(x, packed) + bias), way
 
 
 @pytest.mark.parametrize("isa", ISAS)
