@@ -1,5 +1,5 @@
 #include "simd/float_neon.h"
-#include "simd/integer_neon.h"
+#include "simd/integer_neon_dot.h"
 // The vocabularies must come first.
 #include "kernels/ceilings_body.h"
 

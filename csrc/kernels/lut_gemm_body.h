@@ -151,5 +151,14 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
   }
 }
 
+void lut_gemm(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
+              const float* bias, float* y, int64_t ldy, uint8_t* scratch) {
+  with_bits(w.bits,
+            [&]<int Bits>() { lut_gemm_bits<Bits>(w, x, n_rows, panel_begin, panel_end, bias, y, ldy, scratch); });
+}
+void lut_dequant(const MatrixView& w, int panel, uint8_t* codes) {
+  with_bits(w.bits, [&]<int Bits>() { lut_dequant_bits<Bits>(w, panel, codes); });
+}
+
 }  // namespace
 }  // namespace elute

@@ -81,5 +81,10 @@ void lut_matmul_bits(const MatrixView& w, const ActivationsView& x, int panel_be
   }
 }
 
+void lut_matmul(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
+                float* y) {
+  with_bits(w.bits, [&]<int Bits>() { lut_matmul_bits<Bits>(w, x, panel_begin, panel_end, bias, y); });
+}
+
 }  // namespace
 }  // namespace elute

@@ -1,6 +1,8 @@
-#include "simd/integer_neon.h"
-// The vocabulary must come first.
-#include "kernels/matmul_body.h"
+#include "simd/integer_neon_i8mm.h"
+// The vocabulary must come first, then the tile.
+#include "kernels/tile_neon_i8mm.h"
+#include "kernels/lut_gemm_neon.h"
+#include "kernels/lut_matmul_body.h"
 #include "kernels/quantize_neon.h"
 
 namespace elute {

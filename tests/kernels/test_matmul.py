@@ -113,6 +113,23 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
                 assert np.array_equal(got, want), (affine, n, m, way, np.abs(got - want).max())
 
 
+@pytest.mark.parametrize("isa", ISAS)
+@pytest.mark.parametrize("bits", [3, 8])
+@pytest.mark.parametrize("group_size", [64, 192, 0])
+def test_many_rows_and_columns_equal_lookup_in_plain_c(
+    isa: str, bits: int, group_size: int
+) -> None:
+    """More rows than kernels take at once, and more columns; groups across the runs of columns."""
+    m, n, k = 131, 33, 1152 if group_size else 1100
+    for affine in Affine:
+        matrix = random_matrix(n, k, bits=bits, group_size=group_size or k, affine=affine, seed=m)
+        given = arguments(quads.pack(matrix))
+        x = inputs(m, k, seed=bits)
+        want = _native.lut_matmul("scalar", x, **given)
+        for way in ways(isa):
+            assert np.array_equal(levels.lut_matmul(isa, x, **given, **way), want), (affine, way)
+
+
 def extreme_inputs(k: int) -> np.ndarray:
     """Rows whose activations are the largest codes: spans near 255, codes of +-127, both signs."""
     quads_of = np.array(
