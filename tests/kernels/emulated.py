@@ -9,6 +9,7 @@ import platform
 import shutil
 import struct
 import subprocess
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,10 +53,10 @@ def kernel_server() -> Path:
 
 
 class KernelServer:
-    """One emulated CPU. Methods are those of elute._native."""
+    """One emulated CPU. Methods are those of elute._native; options are the emulator's."""
 
-    def __init__(self, cpu: str) -> None:
-        self.command = [EMULATOR, "-cpu", cpu, str(kernel_server())]
+    def __init__(self, cpu: str, options: Sequence[str] = ()) -> None:
+        self.command = [EMULATOR, "-cpu", cpu, *options, str(kernel_server())]
         self._process = subprocess.Popen(
             self.command, stdin=subprocess.PIPE, stdout=subprocess.PIPE
         )

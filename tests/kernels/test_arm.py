@@ -4,12 +4,16 @@ The kernels one by one are tested with those of the other levels, in test_matmul
 test_float_kernels.py and test_attention.py.
 """
 
+import importlib.util
+import shutil
+import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import levels
 import numpy as np
 import pytest
-from emulated import KernelServer, missing
+from emulated import ROOT, KernelServer, missing
 from matrices import random_matrix
 from test_executor import Made, check_against_reference, made, reference, some_tokens
 
@@ -94,3 +98,22 @@ def test_cuts_threads_and_kernels_do_not_change_a_bit(
             part = runner.forward(tokens[at:cut], at, all_logits=True)
             assert np.array_equal(part, whole[at:cut]), (n_threads, kernel, at, cut)
             at = cut
+
+
+def test_instructions_are_counted(tmp_path: Path) -> None:
+    """What the kernels cannot do without, exactly: 16 lookups an instruction, 16 products or 32."""
+    if any(shutil.which(tool) is None for tool in ("gcc", "aarch64-linux-gnu-objdump")):
+        pytest.skip("needs gcc and aarch64-linux-gnu-objdump (binutils-aarch64-linux-gnu)")
+    name = "arm_instructions"
+    spec = importlib.util.spec_from_file_location(name, ROOT / "bench" / f"{name}.py")
+    script = importlib.util.module_from_spec(spec)
+    sys.modules[name] = script  # where dataclasses look for it
+    spec.loader.exec_module(script)
+    counter, n_weights = script.Counter(tmp_path), script.N * script.K
+    decode = counter.product("neon", 3, 1)
+    assert decode.by_name["lookup"] == 3 * n_weights / 64
+    assert 0 < decode.cycles() < decode.total
+    for isa, products in (("neon", 16), ("neon_i8mm", 32)):
+        counts = counter.product(isa, 4, 4)
+        assert counts.by_name["dot"] == 4 * n_weights / products
+        assert counts.by_name["lookup"] == 0
