@@ -32,6 +32,7 @@ struct Activations {
   AlignedArray<int8_t> q;
   AlignedArray<float> scales;
   AlignedArray<int32_t> sums, lows;
+  AlignedArray<PairSums> pairs;
   AlignedArray<uint8_t> tables;
   ActivationsView view;
 
@@ -41,11 +42,12 @@ struct Activations {
     q = aligned<int8_t>(rows * width);
     scales = aligned<float>(int64_t{rows} * blocks);
     sums = aligned<int32_t>(rows * width / kSumRun);
+    pairs = aligned<PairSums>(int64_t{rows} * blocks);
     if (with_tables) {
       lows = aligned<int32_t>(rows * width / kSumRun);
       tables = aligned<uint8_t>(rows * width / kLutWidth * kTableBytes);
     }
-    view = {q.get(), scales.get(), sums.get(), tables.get(), lows.get(), blocks};
+    view = {q.get(), scales.get(), sums.get(), pairs.get(), tables.get(), lows.get(), blocks};
     for (int r = 0; r < rows; ++r) kernels.matmul->quantize(x + int64_t{r} * k, k, view.from_row(r));
   }
 };

@@ -61,7 +61,7 @@ std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, co
   const int n = copies[0].n;
   std::vector<AlignedArray<uint8_t>> scratch(n_threads);
   if (x.rows > 1)
-    for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(copies[0].k));
+    for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(x.rows));
   std::vector<double> seconds(repeats);
   const int n_chunks = chunks(copies[0].n_panels(), n_threads);
   ThreadPool pool(n_threads, [&](Walk& walk, const ThreadPool::Job&) {

@@ -97,10 +97,11 @@ void Executor::finish(const LookupRows& lookup_rows) {
   q_ = Pages(chunk_ * padded);
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
+  pairs_ = Pages(chunk_ * padded / kActBlock * int64_t{sizeof(PairSums)});
   tables_ = Pages(looked_up * padded / kLutWidth * kTableBytes);
   lows_ = Pages(looked_up * padded / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
-    gemm_scratch_.emplace_back(gemm_scratch_bytes(widest));
+    gemm_scratch_.emplace_back(gemm_scratch_bytes(chunk_));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
     gathered_.emplace_back(padded * 4);
     results_.emplace_back(4 * std::max<int64_t>(std::max(kResultRows, chunk_) * kPanel, attention_result_floats()));
@@ -186,6 +187,7 @@ ActivationsView Executor::activations(int k, bool tables) const {
   return {q_.as<int8_t>(),
           act_scales_.as<float>(),
           sums_.as<int32_t>(),
+          pairs_.as<PairSums>(),
           tables ? tables_.as<uint8_t>() : nullptr,
           tables ? lows_.as<int32_t>() : nullptr,
           (k + kActBlock - 1) / kActBlock};

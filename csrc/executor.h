@@ -161,7 +161,7 @@ class Executor {
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
-  Pages cache_, partials_, q_, act_scales_, sums_, tables_, lows_;
+  Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   ThreadPool pool_;  // last: its threads use the others until it is gone
 };

@@ -33,7 +33,7 @@ class Track {
         scales_(aligned<uint16_t>(kMostPanels * (kColumns / kGroup) * kPanel)),
         x_(aligned<float>(int64_t{most_rows} * kColumns)),
         y_(aligned<float>(int64_t{most_rows} * kMostPanels * kPanel)),
-        scratch_(aligned<uint8_t>(gemm_scratch_bytes(kColumns))) {
+        scratch_(aligned<uint8_t>(gemm_scratch_bytes(most_rows))) {
     uint64_t state = 1;
     for (int64_t i = 0; i < kPlanesBytes; i += 8) {
       const uint64_t word = next_random(state);

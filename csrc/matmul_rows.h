@@ -11,7 +11,8 @@ namespace elute {
 void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
                       Range panels, const float* bias, float* y, int64_t ldy);
 
-// The same without tables, few rows directly where the level has lut_multiply; scratch: gemm_scratch_bytes(w.k), 64-byte aligned, this thread's alone.
+// The same without tables, few rows directly where the level has lut_multiply; scratch: gemm_scratch_bytes(n_rows),
+// 64-byte aligned, this thread's alone.
 void matmul_by_multiply(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
                         Range panels, const float* bias, float* y, int64_t ldy, uint8_t* scratch);
 

@@ -94,7 +94,7 @@ void bind_kernels(nb::module_& m) {
           } else if (direct) {
             kernels.matmul->lut_multiply(w, a.view, rows, all.begin, all.end, b, y.get(), n);
           } else {
-            auto scratch = aligned<uint8_t>(gemm_scratch_bytes(k));
+            auto scratch = aligned<uint8_t>(gemm_scratch_bytes(rows));
             kernels.matmul->lut_gemm(w, a.view, rows, all.begin, all.end, b, y.get(), n, scratch.get());
           }
         }
@@ -137,7 +137,7 @@ void bind_kernels(nb::module_& m) {
         if (static_cast<int64_t>(planes.size()) < w.n_panels() * w.panel_bytes() + kPlanesPadding)
           throw std::invalid_argument("lut_dequant: planes are too short");
         auto codes = std::make_unique<uint8_t[]>(int64_t{n} * k);
-        auto panel_codes = aligned<uint8_t>(gemm_scratch_bytes(k));
+        auto panel_codes = aligned<uint8_t>(panel_codes_bytes(k));
         for (int panel = 0; panel < w.n_panels(); ++panel) {
           kernels.matmul->lut_dequant(w, panel, panel_codes.get());
           for (int i = 0; i < kPanel && panel * kPanel + i < n; ++i)

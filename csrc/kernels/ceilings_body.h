@@ -53,7 +53,7 @@ float multiply(int64_t n_steps) {
     const int8_t quad[kLutWidth] = {q, minus, q, minus};
     activations[r] = broadcast_quad(quad);
 #pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = D::zero();
+    for (int v = 0; v < kVectors; ++v) sums[r][v] = typename D::Partial{};
   }
   for (int64_t step = 0; step < n_steps; ++step) {
 #pragma GCC unroll 16

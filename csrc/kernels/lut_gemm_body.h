@@ -1,21 +1,22 @@
-// Prefill: two-level dequantization of a panel, then an integer multiply for many rows. Included by matmul_body.h.
+// Prefill: two-level dequantization of some columns of a panel into the first-level cache, then an integer multiply for
+// all rows. Included by matmul_body.h.
 #pragma once
 #include "kernels/groups_body.h"
 
 namespace elute {
 namespace {
 
+// Codes u8 [quad][kPanel][kLutWidth] of whole blocks; the row's last block may be shorter. `planes` is where the first
+// block's lie.
 template <int Bits>
-void lut_dequant_bits(const MatrixView& w, int panel, uint8_t* codes) {
-  const uint8_t* block_planes = w.planes + panel * w.panel_bytes();
-  const int n_quads = w.k / kLutWidth;
+void dequant_quads(const uint8_t* planes, int n_quads, uint8_t* codes) {
   constexpr int kQuadCodes = kPanel * kLutWidth;  // bytes
   for (int block_quad = 0; block_quad < n_quads; block_quad += kBlockQuads) {
     const int block_quads = smaller(kBlockQuads, n_quads - block_quad);
     for_each_section<Bits>([&]<int FirstPlane, int Planes>() __attribute__((always_inline)) {
       constexpr int kQuadBytes = kHalfPanel * Planes;
       constexpr int kPerVector = 4 / Planes;  // code vectors from one vector of nibbles
-      const uint8_t* section = block_planes + kHalfPanel * block_quads * FirstPlane;
+      const uint8_t* section = planes + kHalfPanel * block_quads * FirstPlane;
       for (int at = 0; at < block_quads * kQuadBytes; at += kBytes) {
         const Bytes nibbles = load_bytes(section + at);
         Bytes parts[2][kPerVector];
@@ -33,121 +34,238 @@ void lut_dequant_bits(const MatrixView& w, int panel, uint8_t* codes) {
         }
       }
     });
-    block_planes += block_quads * kHalfPanel * Bits;
+    planes += block_quads * kHalfPanel * Bits;
   }
 }
 
-// dot[r][v] += codes * q over `quads` quads. The unrolling keeps every sum in a register.
-template <int Bits, int Rows>
-ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t q_stride, int quads,
-                                 Ints (&dot)[Rows][kVectors]) {
-  using D = Dot<Bits>;
-  while (quads > 0) {
-    const int run = smaller(quads, D::kRun);
-    quads -= run;
-    typename D::Partial partial[Rows][kVectors];
+// What lut_gemm keeps in its scratch.
+struct GemmScratch {
+  uint8_t* codes;           // [kGemmColumns / kLutWidth][kPanel][kLutWidth], of the columns in work
+  float *scales, *offsets;  // [groups that those columns touch][kPanel]
+  float *sums, *group;      // [n_rows][kPanel], of finished groups and of the one that is not
+  float* x_sums;            // [n_rows], of the unfinished group's activations
+
+  GemmScratch(uint8_t* scratch, int n_rows)
+      : codes(scratch),
+        scales(reinterpret_cast<float*>(codes + kGemmColumns * kPanel)),
+        offsets(scales + kGemmGroups * kPanel),
+        sums(offsets + kGemmGroups * kPanel),
+        group(sums + int64_t{n_rows} * kPanel),
+        x_sums(group + int64_t{n_rows} * kPanel) {}
+};
+
+inline void widen_scales(const uint16_t* halves, int n_groups, float* out) {
+  for (int i = 0; i < n_groups * kPanel; i += kLanes) store_floats(out + i, load_halves(halves + i));
+}
+
+// A product in work.
+struct Gemm {
+  const MatrixView& w;
+  const ActivationsView& x;
+  int n_rows;
+  int64_t q_stride;  // from row to row of x.q
+  int segment_quads, group_quads;
+  int centre;  // codes are multiplied as code - centre
+  int rest;    // and rest * (sum of q) is added; 0 as a rule
+  GemmScratch scratch;
+
+  template <class D>
+  Gemm(D, int bits, const MatrixView& matrix, const ActivationsView& activations, int rows, uint8_t* bytes)
+      : w(matrix),
+        x(activations),
+        n_rows(rows),
+        q_stride(int64_t{x.n_blocks} * kActBlock),
+        segment_quads(Segments(matrix).quads),
+        group_quads(matrix.group_size / kLutWidth),
+        scratch(bytes, rows) {
+    const int zero = matrix.affine == Affine::symmetric ? matrix.zero : 0;
+    centre = D::centre(bits, zero);
+    rest = centre - zero;
+  }
+};
+
+// partial[r][v] += codes * q of one quad.
+template <class D, int Rows>
+ELUTE_INLINE void add_quad(typename D::Partial (&partial)[Rows][kVectors], const uint8_t* codes, const int8_t* q,
+                           int64_t q_stride) {
+  if constexpr (requires { D::add_tile(partial, codes, q, q_stride); }) {
+    D::add_tile(partial, codes, q, q_stride);
+  } else {
+    Bytes activations[Rows];
+#pragma GCC unroll 16
+    for (int r = 0; r < Rows; ++r) activations[r] = broadcast_quad(q + r * q_stride);
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      const Bytes c = load_bytes(codes + v * kBytes);
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r) D::add(partial[r][v], c, activations[r]);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) partial[r][v] = D::zero();
-    for (int i = 0; i < run; ++i) {
-      Bytes activations[Rows];
+      for (int v = 0; v < kVectors; ++v) keep_in_register(partial[r][v]);
+  }
+}
+
+// dot[r][v] = (codes - centre) * q over `quads` quads; word(r): their PairSums word in row r.
+template <class D, int Rows, typename Words>
+ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t q_stride, int quads, const Words& word,
+                                 int centre, Ints (&dot)[Rows][kVectors]) {
+  for (int done = 0; done < quads;) {
+    const int run = smaller(quads - done, D::kRun);
+    typename D::Partial partial[Rows][kVectors];
 #pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) activations[r] = broadcast_quad(q + r * q_stride);
+    for (int r = 0; r < Rows; ++r) {
+      const auto start = D::start(done == 0 ? word(r) : 0, centre);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) {
-        const Bytes c = load_bytes(codes + v * kBytes);
+      for (int v = 0; v < kVectors; ++v) partial[r][v] = start;
+    }
+    const uint8_t* end = codes + run * (kPanel * kLutWidth);
+#pragma GCC unroll 1
+    for (; codes != end; codes += kPanel * kLutWidth, q += kLutWidth) add_quad<D>(partial, codes, q, q_stride);
 #pragma GCC unroll 16
-        for (int r = 0; r < Rows; ++r) D::add(partial[r][v], c, activations[r]);
+    for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+      for (int v = 0; v < kVectors; ++v)
+        dot[r][v] = done == 0 ? D::total(partial[r][v]) : add_ints(dot[r][v], D::total(partial[r][v]));
+    done += run;
+  }
+}
+
+// Adds a finished group of Rows rows to their sums, in the order that reference.py fixes.
+template <int Rows>
+ELUTE_INLINE void add_groups(Affine affine, const float* scale, const float* offset, const Floats (&group)[Rows][kVectors],
+                             const float* x_sums, float* sums) {
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r) {
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v) {
+      float* y = sums + r * kPanel + v * kLanes;
+      if (affine == Affine::symmetric) {
+        store_floats(y, add(load_floats(y), mul(load_floats(scale + v * kLanes), group[r][v])));
+      } else {
+        const Floats shift = mul(load_floats(offset + v * kLanes), set_floats(x_sums[r]));
+        const Floats factor = load_floats(scale + v * kLanes);
+        store_floats(y, affine == Affine::zero ? add(load_floats(y), mul(factor, sub(group[r][v], shift)))
+                                               : add(add(load_floats(y), mul(factor, group[r][v])), shift));
       }
-      codes += kPanel * kLutWidth;
-      q += kLutWidth;
+    }
+  }
+}
+
+// Rows from `row` times the columns from `block` whose codes and scales are in the scratch.
+//   SegmentQuads  0: any number, the last segment may be shorter
+//   Whole         a segment is a group
+template <class D, int Rows, int SegmentQuads, bool Whole>
+[[gnu::noinline]] void gemm_rows(const Gemm& g, int row, int block, int n_quads) {
+  const int segment_quads = SegmentQuads ? SegmentQuads : g.segment_quads;
+  const int group_quads = g.group_quads;
+  const int64_t q_stride = g.q_stride;
+  const int64_t n_blocks = g.x.n_blocks;
+  const Affine affine = g.w.affine;
+  const int centre = g.centre, rest = g.rest;
+  const uint8_t* codes = g.scratch.codes;
+  const int8_t* q = g.x.q + row * q_stride + int64_t{block} * kActBlock;
+  const float* act_scales = g.x.scales + row * n_blocks + block;
+  const PairSums* pairs = g.x.pairs + row * n_blocks + block;
+  const float *scale = g.scratch.scales, *offset = g.scratch.offsets;
+  float* sums = g.scratch.sums + int64_t{row} * kPanel;
+  float* group = g.scratch.group + int64_t{row} * kPanel;
+  float* x_sums = g.scratch.x_sums + row;
+  int of_group = block * kBlockQuads % group_quads;  // quads of the unfinished group
+  for (int quad = 0; quad < n_quads; quad += segment_quads) {
+    const int quads = SegmentQuads ? SegmentQuads : smaller(segment_quads, n_quads - quad);
+    const int of_block = SegmentQuads == kBlockQuads ? 0 : quad % kBlockQuads;
+    const auto word = [&](int r) { return pairs[r * n_blocks].of(of_block, quads); };
+    Ints dot[Rows][kVectors];
+    multiply_quads<D, Rows>(codes, q, q_stride, quads, word, centre, dot);
+    if (rest != 0) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) keep_in_register(partial[r][v]);
+        for (int v = 0; v < kVectors; ++v) dot[r][v] = add_ints(dot[r][v], set_ints(rest * both_pairs(word(r))));
     }
+    Floats part[Rows][kVectors];
 #pragma GCC unroll 16
-    for (int r = 0; r < Rows; ++r)
+    for (int r = 0; r < Rows; ++r) {
+      const Floats act = set_floats(act_scales[r * n_blocks]);
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) dot[r][v] = add_ints(dot[r][v], D::total(partial[r][v]));
+      for (int v = 0; v < kVectors; ++v) part[r][v] = mul(act, to_floats(dot[r][v]));
+    }
+    const bool begins = Whole || of_group == 0, ends = Whole || of_group + quads == group_quads;
+    if (affine != Affine::symmetric) {
+      for (int r = 0; r < Rows; ++r) {
+        const float term = act_scales[r * n_blocks] * static_cast<float>(both_pairs(word(r)));
+        x_sums[r] = begins ? term : x_sums[r] + term;
+      }
+    }
+    if (!begins) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) part[r][v] = add(load_floats(group + r * kPanel + v * kLanes), part[r][v]);
+    }
+    if (!ends) {
+#pragma GCC unroll 16
+      for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+        for (int v = 0; v < kVectors; ++v) store_floats(group + r * kPanel + v * kLanes, part[r][v]);
+      of_group += quads;
+    } else {
+      // Each kind by itself, so that the compiler takes the choice out of the loops.
+      if (affine == Affine::symmetric) add_groups(Affine::symmetric, scale, offset, part, x_sums, sums);
+      else if (affine == Affine::zero) add_groups(Affine::zero, scale, offset, part, x_sums, sums);
+      else add_groups(Affine::min, scale, offset, part, x_sums, sums);
+      of_group = 0;
+      scale += kPanel;
+      offset += kPanel;
+    }
+    codes += quads * (kPanel * kLutWidth);
+    q += quads * kLutWidth;
+    if (SegmentQuads == kBlockQuads || (quad + quads) % kBlockQuads == 0) {
+      ++act_scales;
+      ++pairs;
+    }
   }
 }
 
-template <int Bits, int Rows>
-void gemm_rows(const MatrixView& w, const ActivationsView& x, int panel, const uint8_t* codes, const float* bias,
-               float* y, int64_t ldy) {
-  const Segments segments(w);
-  const int n_quads = w.k / kLutWidth;
-  const int64_t first_group = int64_t{panel} * w.n_groups();
-  const uint16_t* scales = w.scales + first_group * kPanel;
-  const uint16_t* offsets = w.offsets ? w.offsets + first_group * kPanel : nullptr;
-  const int64_t q_stride = int64_t{x.n_blocks} * kActBlock;
-  ActivationsView rows[Rows];
-  Floats sums[Rows][kVectors], group[Rows][kVectors];
-  float x_sum[Rows] = {};
-  for (int r = 0; r < Rows; ++r) {
-    rows[r] = x.from_row(r);
-    rows[r].lows = nullptr;
-    for (int v = 0; v < kVectors; ++v) sums[r][v] = group[r][v] = zero_floats();
+template <class D, int Rows>
+ELUTE_INLINE void gemm_all_rows(const Gemm& g, int row, int block, int n_quads) {
+  const bool even = n_quads % g.segment_quads == 0;
+  const bool whole = even && g.segment_quads == g.group_quads;
+  for (; row + Rows <= g.n_rows; row += Rows) {
+    if (whole && g.segment_quads == kBlockQuads) gemm_rows<D, Rows, kBlockQuads, true>(g, row, block, n_quads);
+    else if (whole && g.segment_quads == kBlockQuads / 2) gemm_rows<D, Rows, kBlockQuads / 2, true>(g, row, block, n_quads);
+    else if (even && g.segment_quads == kBlockQuads) gemm_rows<D, Rows, kBlockQuads, false>(g, row, block, n_quads);
+    else gemm_rows<D, Rows, 0, false>(g, row, block, n_quads);
   }
-  int left_in_group = w.group_size / kLutWidth;
-  for (int block = 0; block < x.n_blocks; ++block) {
-    const int block_quads = smaller(kBlockQuads, n_quads - block * kBlockQuads);
-    for (int first = 0; first < block_quads; first += segments.quads) {
-      const int quads = smaller(segments.quads, block_quads - first);
-      const int64_t quad = int64_t{block} * kBlockQuads + first;
-      Ints dot[Rows][kVectors];
-      int32_t q_sum[Rows];
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        q_sum[r] = sum_runs(rows[r], block, first, quads).q;
-        const int32_t zero = w.affine == Affine::symmetric ? w.zero : 0;
-        const Ints constant = set_ints((Dot<Bits>::kCodeBias - zero) * q_sum[r]);
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) dot[r][v] = constant;
-      }
-      multiply_quads<Bits, Rows>(codes + quad * kPanel * kLutWidth, x.q + quad * kLutWidth, q_stride, quads, dot);
-      left_in_group -= quads;
-      const bool first_of_group = left_in_group + quads == w.group_size / kLutWidth;
-#pragma GCC unroll 16
-      for (int r = 0; r < Rows; ++r) {
-        const float act_scale = rows[r].scales[block];
-        const Floats act = set_floats(act_scale);
-        Floats part[kVectors];
-#pragma GCC unroll 8
-        for (int v = 0; v < kVectors; ++v) {
-          part[v] = mul(act, to_floats(dot[r][v]));
-          if (!first_of_group) part[v] = add(group[r][v], part[v]);
-        }
-        x_sum[r] += act_scale * static_cast<float>(q_sum[r]);
-        if (left_in_group == 0) {
-          add_group(w, scales, offsets, part, x_sum[r], sums[r]);
-          x_sum[r] = 0;
-        } else {
-#pragma GCC unroll 8
-          for (int v = 0; v < kVectors; ++v) group[r][v] = part[v];
-        }
-      }
-      if (left_in_group == 0) {
-        left_in_group = w.group_size / kLutWidth;
-        scales += kPanel;
-        if (offsets) offsets += kPanel;
-      }
-    }
-  }
-  for (int r = 0; r < Rows; ++r) store_panel(w, panel, sums[r], bias, y + r * ldy);
+  if constexpr (Rows > 1) gemm_all_rows<D, Rows / 2>(g, row, block, n_quads);
 }
 
 template <int Bits>
 void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
-                   const float* bias, float* y, int64_t ldy, uint8_t* scratch) {
+                   const float* bias, float* y, int64_t ldy, uint8_t* scratch_bytes) {
+  const Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
+  const GemmScratch& scratch = g.scratch;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    lut_dequant_bits<Bits>(w, panel, scratch);
-    int row = 0;
-    for (; row + kGemmRows <= n_rows; row += kGemmRows)
-      gemm_rows<Bits, kGemmRows>(w, x.from_row(row), panel, scratch, bias, y + row * ldy, ldy);
-    for (; row < n_rows; ++row) gemm_rows<Bits, 1>(w, x.from_row(row), panel, scratch, bias, y + row * ldy, ldy);
+    for (int64_t i = 0; i < int64_t{n_rows} * kPanel; i += kLanes) store_floats(scratch.sums + i, zero_floats());
+    for (int block = 0; block < x.n_blocks; block += kGemmColumns / kActBlock) {
+      const int n_quads = smaller(kGemmColumns, w.k - block * kActBlock) / kLutWidth;
+      dequant_quads<Bits>(w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits),
+                          n_quads, scratch.codes);
+      const int first_quad = block * kBlockQuads;
+      const int first_group = first_quad / g.group_quads;
+      const int n_groups = (first_quad + n_quads + g.group_quads - 1) / g.group_quads - first_group;
+      const int64_t scales_at = (int64_t{panel} * w.n_groups() + first_group) * kPanel;
+      widen_scales(w.scales + scales_at, n_groups, scratch.scales);
+      if (w.offsets) widen_scales(w.offsets + scales_at, n_groups, scratch.offsets);
+      gemm_all_rows<Dot<Bits>, kGemmRows>(g, 0, block, n_quads);
+    }
+    for (int r = 0; r < n_rows; ++r) {
+      Floats sums[kVectors];
+      for (int v = 0; v < kVectors; ++v) sums[v] = load_floats(scratch.sums + int64_t{r} * kPanel + v * kLanes);
+      store_panel(w, panel, sums, bias, y + r * ldy);
+    }
   }
 }
 
@@ -157,7 +275,9 @@ void lut_gemm(const MatrixView& w, const ActivationsView& x, int n_rows, int pan
             [&]<int Bits>() { lut_gemm_bits<Bits>(w, x, n_rows, panel_begin, panel_end, bias, y, ldy, scratch); });
 }
 void lut_dequant(const MatrixView& w, int panel, uint8_t* codes) {
-  with_bits(w.bits, [&]<int Bits>() { lut_dequant_bits<Bits>(w, panel, codes); });
+  with_bits(w.bits, [&]<int Bits>() {
+    dequant_quads<Bits>(w.planes + panel * w.panel_bytes(), w.k / kLutWidth, codes);
+  });
 }
 
 }  // namespace

@@ -33,11 +33,24 @@ struct MatrixView {
   ELUTE_INLINE int n_groups() const { return k / group_size; }
 };
 
+// Sums of q over channels 0 and 1 (low 16 bits of a word) and 2 and 3 (high 16 bits) of the quads of a block, of its
+// halves and of its quarters: the columns that a weight group and a block can share.
+struct PairSums {
+  uint32_t whole, halves[2], quarters[4], unused;
+
+  // Of `quads` quads from quad `first` of the block: 16, 8, 4, or what is left of the row.
+  ELUTE_INLINE uint32_t of(int first, int quads) const {
+    return quads > 8 ? whole : quads > 4 ? halves[first / 8] : quarters[first / 4];
+  }
+};
+ELUTE_INLINE int32_t both_pairs(uint32_t word) { return static_cast<int16_t>(word) + (static_cast<int32_t>(word) >> 16); }
+
 // Rows of activations after quantize. K is padded with zeros to whole blocks.
 struct ActivationsView {
   int8_t* q;        // [n_rows][n_blocks * kActBlock]
   float* scales;    // [n_rows][n_blocks]
   int32_t* sums;    // [n_rows][n_blocks * kActBlock / kSumRun]  of q
+  PairSums* pairs;  // [n_rows][n_blocks]
   uint8_t* tables;  // [n_rows][n_blocks * kBlockQuads][kTableBytes], 64-byte aligned; null: not wanted
   int32_t* lows;    // [n_rows][n_blocks * kActBlock / kSumRun]  of the smallest subset sums; null with tables
   int n_blocks;
@@ -45,14 +58,22 @@ struct ActivationsView {
   ELUTE_INLINE ActivationsView from_row(int row) const {
     const int64_t r = row;
     const int64_t runs = int64_t{n_blocks} * (kActBlock / kSumRun);
-    return {q + r * n_blocks * kActBlock, scales + r * n_blocks, sums + r * runs,
+    return {q + r * n_blocks * kActBlock, scales + r * n_blocks, sums + r * runs, pairs + r * n_blocks,
             tables ? tables + r * n_blocks * kBlockQuads * kTableBytes : nullptr, lows ? lows + r * runs : nullptr,
             n_blocks};
   }
 };
 
-// Scratch of lut_gemm: the codes of one panel as [quad][output][channel], and C offsets.
-constexpr int64_t gemm_scratch_bytes(int k) { return int64_t{(k + kActBlock - 1) / kActBlock} * kActBlock * kPanel + 64; }
+// Columns that lut_gemm dequantizes at a time: their codes, 16 KiB, and two rows of activations stay in a first-level
+// cache of 32 KiB while all rows pass.
+constexpr int kGemmColumns = 512;
+constexpr int kGemmGroups = kGemmColumns / kSumRun + 1;
+// Scratch of lut_gemm, 64-byte aligned: codes, scales and offsets of those columns, and the sums of all rows.
+constexpr int64_t gemm_scratch_bytes(int n_rows) {
+  return int64_t{kGemmColumns} * kPanel + 2 * kGemmGroups * kPanel * 4 + int64_t{n_rows} * (2 * kPanel + 1) * 4;
+}
+// Codes of one panel as lut_dequant writes them.
+constexpr int64_t panel_codes_bytes(int k) { return int64_t{(k + kActBlock - 1) / kActBlock} * kActBlock * kPanel; }
 
 struct MatmulKernels {
   // One row x f32 [k] into row 0 of `out`; tables too when out.tables is set.

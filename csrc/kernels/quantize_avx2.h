@@ -53,6 +53,25 @@ inline void build_tables8(__m256i q, uint8_t* tables) {
   }
 }
 
+inline __m128i quarter_words(__m256i v) { return _mm_unpacklo_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)); }
+
+// q: the two halves of a block.
+inline void sum_pairs(const __m256i (&q)[2], PairSums& sums) {
+  __m128i quarters[2];
+  for (int half = 0; half < 2; ++half) {
+    __m256i pairs = _mm256_maddubs_epi16(_mm256_set1_epi8(1), q[half]);  // a quad a 32-bit lane, 16 channels a half
+    pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0b01'00'11'10));
+    pairs = _mm256_add_epi16(pairs, _mm256_shuffle_epi32(pairs, 0b10'11'00'01));
+    quarters[half] = quarter_words(pairs);
+  }
+  const __m128i all = _mm_unpacklo_epi64(quarters[0], quarters[1]);
+  const __m128i halves = _mm_add_epi16(all, _mm_shuffle_epi32(all, 0b10'11'00'01));  // 0, 0, 1, 1
+  const __m128i whole = _mm_add_epi16(halves, _mm_shuffle_epi32(halves, 0b01'00'11'10));
+  sums.whole = static_cast<uint32_t>(_mm_cvtsi128_si32(whole));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(sums.halves), _mm_shuffle_epi32(halves, 0b00'00'10'00));
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(sums.quarters), all);
+}
+
 void quantize(const float* x, int k, const ActivationsView& out) {
   const __m256 sign = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int block = 0; block < out.n_blocks; ++block) {
@@ -76,6 +95,7 @@ void quantize(const float* x, int k, const ActivationsView& out) {
     const float scale = by_code > by_span ? by_code : by_span;
     const __m256 inverse = _mm256_set1_ps(scale > 1.17549435e-38f ? 1.0f / scale : 0.0f);
     out.scales[block] = scale;
+    __m256i halves[2];
     for (int half = 0; half < 2; ++half) {
       __m256i ints[4];
       for (int i = 0; i < 4; ++i)
@@ -83,6 +103,7 @@ void quantize(const float* x, int k, const ActivationsView& out) {
       const __m256i packed =
           _mm256_packs_epi16(_mm256_packs_epi32(ints[0], ints[1]), _mm256_packs_epi32(ints[2], ints[3]));
       const __m256i q = _mm256_permutevar8x32_epi32(packed, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7));
+      halves[half] = q;
       const int64_t at = int64_t{block} * kActBlock + half * 32;
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(out.q + at), q);
       // sums of 8 bytes as unsigned, so shifted by 128 each
@@ -99,6 +120,7 @@ void quantize(const float* x, int k, const ActivationsView& out) {
       out.lows[at / kSumRun + 1] = -static_cast<int32_t>(of8[2] + of8[3]);
       build_tables8(q, out.tables + at / kLutWidth * kTableBytes);
     }
+    sum_pairs(halves, out.pairs[block]);
   }
 }
 

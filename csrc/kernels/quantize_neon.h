@@ -41,6 +41,14 @@ inline void build_tables4(int8x16_t q, uint32x4_t minus_lows, uint8_t* tables) {
   }
 }
 
+// Of 4 quads, as PairSums has them: low and high word.
+inline uint16x4_t pair_sums(int8x16_t q) {
+  const int16x8_t pairs = vpaddlq_s8(q);  // of quad 0, 0, 1, 1, ...
+  const int16x8_t two = vpaddq_s16(vuzp1q_s16(pairs, pairs), vuzp2q_s16(pairs, pairs));
+  return vreinterpret_u16_s16(vzip1_s16(vpadd_s16(vget_low_s16(two), vget_low_s16(two)),
+                                        vpadd_s16(vget_high_s16(two), vget_high_s16(two))));
+}
+
 void quantize(const float* x, int k, const ActivationsView& out) {
   for (int block = 0; block < out.n_blocks; ++block) {
     float padded[kActBlock];
@@ -65,6 +73,7 @@ void quantize(const float* x, int k, const ActivationsView& out) {
     const float scale = by_code > by_span ? by_code : by_span;
     const float inverse = scale > 1.17549435e-38f ? 1.0f / scale : 0.0f;
     out.scales[block] = scale;
+    uint16x4_t quarters[kActBlock / kSumRun];
     for (int i = 0; i < kActBlock; i += kSumRun) {
       int16x4_t words[4];
       for (int v = 0; v < 4; ++v)
@@ -74,12 +83,20 @@ void quantize(const float* x, int k, const ActivationsView& out) {
       const int64_t at = int64_t{block} * kActBlock + i;
       vst1q_s8(out.q + at, q);
       out.sums[at / kSumRun] = vaddlvq_s8(q);
+      quarters[i / kSumRun] = pair_sums(q);
       if (!out.tables) continue;
       const uint8x16_t below = vreinterpretq_u8_s8(vnegq_s8(vminq_s8(q, vdupq_n_s8(0))));
       const uint32x4_t minus_lows = vdotq_u32(vdupq_n_u32(0), below, vdupq_n_u8(1));
       out.lows[at / kSumRun] = -static_cast<int32_t>(vaddvq_u32(minus_lows));
       build_tables4(q, minus_lows, out.tables + at / kLutWidth * kTableBytes);
     }
+    const auto word = [](uint16x4_t pairs) { return vget_lane_u32(vreinterpret_u32_u16(pairs), 0); };
+    PairSums& sums = out.pairs[block];
+    for (int i = 0; i < 4; ++i) sums.quarters[i] = word(quarters[i]);
+    const uint16x4_t first = vadd_u16(quarters[0], quarters[1]), second = vadd_u16(quarters[2], quarters[3]);
+    sums.halves[0] = word(first);
+    sums.halves[1] = word(second);
+    sums.whole = word(vadd_u16(first, second));
   }
 }
 

@@ -33,6 +33,19 @@ inline int32_t build_table(const int8_t* q, uint8_t* table) {
   return low;
 }
 
+inline uint32_t packed(int low, int high) { return (static_cast<uint32_t>(low) & 0xffff) | static_cast<uint32_t>(high) << 16; }
+
+inline void sum_pairs(const int8_t* q, PairSums& sums) {
+  int low[4] = {}, high[4] = {};
+  for (int i = 0; i < kActBlock; i += kLutWidth) {
+    low[i / kSumRun] += q[i] + q[i + 1];
+    high[i / kSumRun] += q[i + 2] + q[i + 3];
+  }
+  for (int i = 0; i < 4; ++i) sums.quarters[i] = packed(low[i], high[i]);
+  for (int i = 0; i < 2; ++i) sums.halves[i] = packed(low[2 * i] + low[2 * i + 1], high[2 * i] + high[2 * i + 1]);
+  sums.whole = packed(low[0] + low[1] + low[2] + low[3], high[0] + high[1] + high[2] + high[3]);
+}
+
 void quantize(const float* x, int k, const ActivationsView& out) {
   for (int block = 0; block < out.n_blocks; ++block) {
     float padded[kActBlock] = {};
@@ -53,6 +66,7 @@ void quantize(const float* x, int k, const ActivationsView& out) {
       // Adding 1.5 * 2^23 rounds |x| < 2^22 to the nearest even integer and leaves that in the low bits.
       q[i] = static_cast<int8_t>(bits_of(padded[i] * inverse + 0x1.8p23f));
     }
+    sum_pairs(q, out.pairs[block]);
     for (int run = 0; run < kActBlock / kSumRun; ++run) {
       int32_t sum = 0, lows = 0;
       for (int i = run * kSumRun; i < (run + 1) * kSumRun; ++i) sum += q[i];

@@ -4,6 +4,8 @@
 
 #include <cstdint>
 
+#include "kernels/matmul.h"
+
 namespace elute {
 namespace {
 
@@ -81,22 +83,35 @@ inline Floats to_floats(Ints a) { return _mm256_cvtepi32_ps(a); }
 inline Floats add(Floats a, Floats b) { return _mm256_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm256_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm256_mul_ps(a, b); }
+inline Floats load_floats(const float* p) { return _mm256_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm256_storeu_ps(p, a); }
 inline Floats load_halves(const uint16_t* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 
-// Multiply: codes u8 [8 outputs][4 channels] by one quad of activations, in runs that fit 16 bits.
-//   at most `run` quads: 2 channels * code * 127 * run <= 32767
-template <int Bits>
-struct Dot {
-  static constexpr bool kWide = Bits == 8;  // 255 * 127 * 2 overflows maddubs: multiply |code - 128| by sign instead
-  static constexpr int kRun = kWide ? 1 : Bits <= 3 ? 16 : Bits == 4 ? 8 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1;
-  static constexpr int kCodeBias = kWide ? 128 : 0;  // codes are multiplied as code - kCodeBias
+// Multiply: codes u8 [8 outputs][4 channels] by one quad of activations, summed in 16 bits, channels 0 and 1 of a quad in
+// even lanes, 2 and 3 in odd ones.
+//   Run = 16, up to 4 bits: sums wrap on their way, but start at -centre * (sum of their q), and so end at
+//   |sum of (code - centre) * q| <= 32 channels * 8 * 127 = 32512
+//   Run < 16: what fits without wrapping, 2 channels * code * 127 * Run <= 32767; nothing is subtracted
+//   Wide, 8 bits: 255 * 127 * 2 saturates vpmaddubsw, so |code - 128| is multiplied by q with the sign of code - 128
+template <int Run, bool Wide>
+struct Product {
+  static constexpr int kRun = Run;
   using Partial = __m256i;
-  static Partial zero() { return _mm256_setzero_si256(); }
+  static int centre(int bits, int zero) {
+    if (Wide) return 128;
+    if (Run < 16) return 0;
+    const int half = 1 << (bits - 1);
+    return zero <= half && (1 << bits) - 1 - zero <= 8 ? zero : half;
+  }
+  static Partial start(uint32_t pair_sums, int centre) {
+    if (Wide || Run < 16) return _mm256_setzero_si256();
+    return _mm256_mullo_epi16(_mm256_set1_epi32(static_cast<int>(pair_sums)),
+                              _mm256_set1_epi16(static_cast<int16_t>(-centre)));
+  }
   static void add(Partial& p, Bytes codes, Bytes q) {
-    if constexpr (kWide) {
+    if constexpr (Wide) {
       const __m256i c = _mm256_xor_si256(codes, _mm256_set1_epi8(-128));
       const __m256i products = _mm256_maddubs_epi16(_mm256_abs_epi8(c), _mm256_sign_epi8(q, c));
       p = _mm256_add_epi32(p, _mm256_madd_epi16(products, _mm256_set1_epi16(1)));
@@ -104,11 +119,30 @@ struct Dot {
       p = _mm256_add_epi16(p, _mm256_maddubs_epi16(codes, q));
     }
   }
+  // One quad of 32 outputs for 2 rows. Written out, since GCC 12 loads codes twice and copies or spills the sums: that
+  // costs half the speed of lut_gemm on a Zen 3. This runs at the rate of the multiply and add instructions.
+  static void add_tile(Partial (&p)[2][4], const uint8_t* codes, const int8_t* q, int64_t q_stride) requires(!Wide) {
+    __m256i q0, q1, c, t0, t1;
+#define ELUTE_TWO_ROWS(at, a, b)                                     \
+  "vmovdqu " #at "(%[codes]), %[c]\n\t"                             \
+  "vpmaddubsw %[q0], %[c], %[t0]\n\tvpmaddubsw %[q1], %[c], %[t1]\n\t" \
+  "vpaddw %[t0], %[" #a "], %[" #a "]\n\tvpaddw %[t1], %[" #b "], %[" #b "]\n\t"
+    asm("vpbroadcastd (%[q]), %[q0]\n\tvpbroadcastd (%[q],%[stride]), %[q1]\n\t"  //
+        ELUTE_TWO_ROWS(0, a0, b0) ELUTE_TWO_ROWS(32, a1, b1) ELUTE_TWO_ROWS(64, a2, b2) ELUTE_TWO_ROWS(96, a3, b3)
+        : [a0] "+x"(p[0][0]), [a1] "+x"(p[0][1]), [a2] "+x"(p[0][2]), [a3] "+x"(p[0][3]), [b0] "+x"(p[1][0]),
+          [b1] "+x"(p[1][1]), [b2] "+x"(p[1][2]), [b3] "+x"(p[1][3]), [q0] "=&x"(q0), [q1] "=&x"(q1), [c] "=&x"(c),
+          [t0] "=&x"(t0), [t1] "=&x"(t1)
+        : [codes] "r"(codes), [q] "r"(q), [stride] "r"(q_stride),
+          "m"(*reinterpret_cast<const uint8_t(*)[128]>(codes)), "m"(*q), "m"(q[q_stride]));
+#undef ELUTE_TWO_ROWS
+  }
   static Ints total(Partial p) {
-    if constexpr (kWide) return p;
+    if constexpr (Wide) return p;
     return _mm256_madd_epi16(p, _mm256_set1_epi16(1));
   }
 };
+template <int Bits>
+using Dot = Product<Bits <= 4 || Bits == 8 ? 16 : Bits == 5 ? 4 : Bits == 6 ? 2 : 1, Bits == 8>;
 // GCC 12 gives a loop's sums a second set of registers for their values after it and spills; this ties the two. Zen 3,
 // lut_gemm at 2 bits: 1.4 times as fast.
 inline void keep_in_register(__m256i& v) { asm("" : "+x"(v)); }

@@ -8,6 +8,8 @@
 
 #include <cstdint>
 
+#include "kernels/matmul.h"
+
 namespace elute {
 namespace {
 
@@ -115,20 +117,22 @@ inline Floats to_floats(Ints a) { return convert(a); }
 inline Floats add(Floats a, Floats b) { return _mm512_add_ps(a, b); }
 inline Floats sub(Floats a, Floats b) { return _mm512_sub_ps(a, b); }
 inline Floats mul(Floats a, Floats b) { return _mm512_mul_ps(a, b); }
+inline Floats load_floats(const float* p) { return _mm512_loadu_ps(p); }
 inline void store_floats(float* p, Floats a) { _mm512_storeu_ps(p, a); }
 inline Floats load_halves(const uint16_t* p) {
   return widen_halves(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 
-template <int Bits>
-struct Dot {
+struct Product {
   static constexpr int kRun = 16;
-  static constexpr int kCodeBias = 0;
   using Partial = __m512i;
-  static Partial zero() { return _mm512_setzero_si512(); }
+  static int centre(int, int zero) { return zero; }
+  static Partial start(uint32_t pair_sums, int centre) { return _mm512_set1_epi32(-centre * both_pairs(pair_sums)); }
   static void add(Partial& p, Bytes codes, Bytes q) { p = _mm512_dpbusd_epi32(p, codes, q); }
   static Ints total(Partial p) { return p; }
 };
+template <int Bits>
+using Dot = Product;
 #ifdef ELUTE_EMULATE_AVX512
 inline void keep_in_register(__m512i&) {}
 #else

@@ -3,6 +3,8 @@
 #pragma once
 #include <cstdint>
 
+#include "kernels/matmul.h"
+
 namespace elute {
 namespace {
 
@@ -86,6 +88,11 @@ inline Floats mul(Floats a, Floats b) {
   for (int i = 0; i < kLanes; ++i) a.v[i] *= b.v[i];
   return a;
 }
+inline Floats load_floats(const float* p) {
+  Floats r;
+  __builtin_memcpy(r.v, p, sizeof r.v);
+  return r;
+}
 inline void store_floats(float* p, Floats a) { __builtin_memcpy(p, a.v, sizeof a); }
 inline float half_to_float(uint16_t h) {
   // Shift exponent and mantissa into place and rescale by 2^112, which also makes subnormals right; then inf and nan.
@@ -106,20 +113,23 @@ inline Floats load_halves(const uint16_t* p) {
 }
 
 // Integer products of codes u8 [kLanes outputs][4 channels] with one quad of activations, broadcast to every lane.
-// A Partial may take kRun quads before total() must be taken; codes count as code - kCodeBias.
-template <int Bits>
-struct Dot {
+// A Partial may take kRun quads before total() must be taken, and counts codes as code - centre: centre(bits, zero) is
+// `zero` wherever the level can, and start() makes it so, given the PairSums word of the quads to come.
+struct Product {
   static constexpr int kRun = 16;
-  static constexpr int kCodeBias = 0;
   using Partial = Ints;
-  static Partial zero() { return set_ints(0); }
+  static int centre(int, int zero) { return zero; }
+  static Partial start(uint32_t pair_sums, int centre) { return set_ints(-centre * both_pairs(pair_sums)); }
   static void add(Partial& p, const Bytes& codes, const Bytes& q) {
     for (int i = 0; i < kBytes; ++i) p.v[i / 4] += codes.v[i] * static_cast<int8_t>(q.v[i]);
   }
   static Ints total(Partial p) { return p; }
 };
+template <int Bits>
+using Dot = Product;
 // Keeps a Partial that a loop carries in its register; see integer_avx2.h.
 inline void keep_in_register(Ints&) {}
+inline void keep_in_register(Bytes&) {}
 inline Bytes broadcast_quad(const int8_t* q) {
   Bytes r;
   for (int i = 0; i < kBytes; ++i) r.v[i] = static_cast<uint8_t>(q[i % 4]);

@@ -74,7 +74,7 @@ void add_matmul_calls(Calls& calls) {
     if (lookup) {
       matmul_by_lookup(*kernels.matmul, w, a.view, rows, all, b, y.data(), w.n);
     } else {
-      const auto scratch = aligned<uint8_t>(gemm_scratch_bytes(w.k));
+      const auto scratch = aligned<uint8_t>(gemm_scratch_bytes(rows));
       matmul_by_multiply(*kernels.matmul, w, a.view, rows, all, b, y.data(), w.n, scratch.get());
     }
     out.add(y.data(), {size_t(rows), size_t(w.n)});
@@ -86,7 +86,7 @@ void add_matmul_calls(Calls& calls) {
     const int n = static_cast<int>(in.integer()), k = static_cast<int>(in.integer());
     const int bits = static_cast<int>(in.integer());
     const MatrixView w{planes.data(), nullptr, nullptr, n, k, bits, k, 0, Affine::symmetric};
-    const auto codes = aligned<uint8_t>(gemm_scratch_bytes(k));
+    const auto codes = aligned<uint8_t>(panel_codes_bytes(k));
     const size_t panel_codes = size_t(k) * kPanel;
     std::string all;
     for (int panel = 0; panel < w.n_panels(); ++panel) {
