@@ -57,13 +57,14 @@ struct Executor::Product {
 };
 
 Executor::Executor(const KernelTable& kernels, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
-                   int head_width)
+                   int head_width, CacheType cache_type)
     : kernels_(kernels),
       context_(round_up(context, kCacheTile)),
       chunk_(chunk),
       n_layers_(n_layers),
       n_kv_heads_(n_kv_heads),
       head_width_(head_width),
+      cache_type_(cache_type),
       pool_(n_threads, [this](Walk& walk, const ThreadPool::Job& job) { run(std::bit_cast<Call>(job), walk); }) {}
 
 int Executor::add_register(int width) {

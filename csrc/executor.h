@@ -78,7 +78,7 @@ class Executor {
   // context: positions in the cache, at most kMaxContext, rounded up to whole tiles; chunk: most tokens of one call.
   // Throws std::runtime_error when the threads cannot be started.
   Executor(const KernelTable& kernels, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
-           int head_width);
+           int head_width, CacheType cache_type);
 
   int add_register(int width);
   int add_matrix(const MatrixView& view);
@@ -155,6 +155,7 @@ class Executor {
 
   const KernelTable& kernels_;
   const int context_, chunk_, n_layers_, n_kv_heads_, head_width_;
+  const CacheType cache_type_;
   std::vector<int> widths_;
   std::vector<Pages> registers_;
   std::vector<MatrixView> matrices_;

@@ -34,7 +34,7 @@ struct Executor::QueryRows {
 };
 
 void Executor::allocate_cache() {
-  cache_ = Pages(int64_t{n_layers_} * n_kv_heads_ * (context_ / kCacheTile) * cache_tile_bytes(head_width_));
+  cache_ = Pages(int64_t{n_layers_} * n_kv_heads_ * (context_ / kCacheTile) * cache_tile_bytes(cache_type_, head_width_));
   partials_ = Pages(4 * n_heads() * n_spans(context_) * attention_partial_floats(head_width_));
 }
 
@@ -52,8 +52,8 @@ int64_t Executor::attention_result_floats() const {
 }
 
 CacheView Executor::cache(int layer, int kv_head) const {
-  const int64_t n_bytes = context_ / kCacheTile * cache_tile_bytes(head_width_);
-  return {cache_.as<uint8_t>() + (int64_t{layer} * n_kv_heads_ + kv_head) * n_bytes, head_width_};
+  const int64_t n_bytes = context_ / kCacheTile * cache_tile_bytes(cache_type_, head_width_);
+  return {cache_.as<uint8_t>() + (int64_t{layer} * n_kv_heads_ + kv_head) * n_bytes, head_width_, cache_type_};
 }
 
 void Executor::run_rows(const AttentionOp& op, const Call& call, Range rows, int) {

@@ -85,6 +85,26 @@ def test_context_threads_and_isa_are_checked(folder, cache):
         elute.load(folder, cache_dir=cache, isa="mmx")
     with pytest.raises(elute.ShapeError, match="threads"):
         elute.load(folder, cache_dir=cache, threads=0)
+    with pytest.raises(elute.ShapeError, match="cache_type: found 'f8', wanted one of f16, q8"):
+        elute.load(folder, cache_dir=cache, cache_type="f8")
+
+
+def test_a_q8_cache_answers_alike_with_and_without_a_reused_prefix(folder, cache):
+    with elute.load(folder, cache_dir=cache, cache_type="q8", threads=2) as model:
+        first = model.generate("the cat sat on", max_tokens=8, temperature=0)
+        again = model.generate("the cat sat on", max_tokens=8, temperature=0)
+        assert again.figures.reused_tokens > 0
+        assert again.tokens == first.tokens
+    with elute.load(folder, cache_dir=cache, threads=1) as model:
+        q8, f16 = (
+            score.logprobs[1:]
+            for score in (
+                elute.load(folder, cache_dir=cache, cache_type="q8").score("the cat sat on"),
+                model.score("the cat sat on"),
+            )
+        )
+    assert q8 != f16
+    assert q8 == pytest.approx(f16, abs=0.2)
 
 
 def test_model_sampling_reads_what_the_authors_advise():

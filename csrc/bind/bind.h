@@ -16,6 +16,9 @@ namespace nb = nanobind;
 
 namespace elute {
 
+// Throws std::invalid_argument for a name that is none.
+CacheType cache_type_named(const std::string& name);
+
 template <typename T, size_t Dims>
 using ArrayIn = nb::ndarray<const T, nb::ndim<Dims>, nb::c_contig, nb::device::cpu>;
 using HalvesIn = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu, nb::ro>;  // float16, checked by hand

@@ -12,13 +12,16 @@ namespace {
 class BoundExecutor {
  public:
   BoundExecutor(const std::string& isa, int n_threads, int context, int chunk, int n_layers, int n_kv_heads,
-                int head_width)
+                int head_width, const std::string& cache_type)
       : n_layers_(n_layers), n_kv_heads_(n_kv_heads), head_width_(head_width) {
     if (n_threads < 1 || n_threads > 512) throw std::invalid_argument("n_threads: wanted 1 to 512");
     if (context < 1 || context > kMaxContext || chunk < 1 || n_layers < 1 || n_kv_heads < 1 || head_width < 2 || head_width % 2)
       throw std::invalid_argument("executor: sizes must be positive, head_width even, context at most 2^24");
+    const CacheType type = cache_type_named(cache_type);
+    if (type == CacheType::q8 && head_width > kMostQ8Width)
+      throw std::invalid_argument("executor: head_width beyond that of a q8 cache");
     executor_ = std::make_unique<Executor>(kernels_named(isa), n_threads, context, chunk, n_layers, n_kv_heads,
-                                           head_width);
+                                           head_width, type);
   }
 
   int add_register(int width) {
@@ -164,8 +167,9 @@ class BoundExecutor {
 
 void bind_executor(nb::module_& m) {
   nb::class_<BoundExecutor>(m, "Executor")
-      .def(nb::init<const std::string&, int, int, int, int, int, int>(), nb::arg("isa"), nb::arg("n_threads"),
-           nb::arg("context"), nb::arg("chunk"), nb::arg("n_layers"), nb::arg("n_kv_heads"), nb::arg("head_width"))
+      .def(nb::init<const std::string&, int, int, int, int, int, int, const std::string&>(), nb::arg("isa"), nb::arg("n_threads"),
+           nb::arg("context"), nb::arg("chunk"), nb::arg("n_layers"), nb::arg("n_kv_heads"), nb::arg("head_width"),
+           nb::arg("cache_type"))
       .def("add_register", &BoundExecutor::add_register, nb::arg("width"))
       .def("add_matrix", &BoundExecutor::add_matrix, nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(),
            nb::arg("n"), nb::arg("k"), nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"))

@@ -56,12 +56,15 @@ Activation activation_named(const std::string& name) {
 
 // cache u8 [tiles, cache_tile_bytes] of one kv head.
 template <typename Cache>
-CacheView cache_view(const Cache& cache, int head_width) {
+CacheView cache_view(const Cache& cache, const std::string& type_name, int head_width) {
   if (head_width < 2 || head_width % 2)
     refuse("cache: found head width " + std::to_string(head_width) + ", wanted an even one");
-  want_shape("cache", cache, {cache.shape(0), static_cast<size_t>(cache_tile_bytes(head_width))});
+  const CacheType type = cache_type_named(type_name);
+  if (type == CacheType::q8 && head_width > kMostQ8Width)
+    refuse("cache: found head width " + std::to_string(head_width) + ", wanted at most " + std::to_string(kMostQ8Width));
+  want_shape("cache", cache, {cache.shape(0), static_cast<size_t>(cache_tile_bytes(type, head_width))});
   // Reading kernels take the same view; they never write through it.
-  return {const_cast<uint8_t*>(cache.data()), head_width};
+  return {const_cast<uint8_t*>(cache.data()), head_width, type};
 }
 
 // The kernels of one level.
@@ -128,8 +131,8 @@ class BoundFloatKernels {
   }
 
   void cache_write(const ArrayInOut<uint8_t, 2>& cache, const ArrayIn<float, 1>& key, const ArrayIn<float, 1>& value,
-                   int position) const {
-    const CacheView view = cache_view(cache, static_cast<int>(key.shape(0)));
+                   int position, const std::string& cache_type) const {
+    const CacheView view = cache_view(cache, cache_type, static_cast<int>(key.shape(0)));
     want_shape("cache_write: value", value, {key.shape(0)});
     want_position(position, cache.shape(0));
     kernels_->cache_write(view, key.data(), value.data(), position);
@@ -137,9 +140,9 @@ class BoundFloatKernels {
 
   nb::object attention(const ArrayIn<uint8_t, 2>& cache, const ArrayIn<float, 2>& query,
                        const ArrayIn<int32_t, 1>& positions, float scale, int window, float softcap,
-                       bool by_spans) const {
+                       bool by_spans, const std::string& cache_type) const {
     const size_t rows = query.shape(0), width = query.shape(1);
-    const CacheView view = cache_view(cache, static_cast<int>(width));
+    const CacheView view = cache_view(cache, cache_type, static_cast<int>(width));
     if (rows < 1 || rows > kAttentionRows)
       refuse("attention: found " + std::to_string(rows) + " queries, wanted 1 to " + std::to_string(kAttentionRows));
     want_shape("attention: positions", positions, {rows});
@@ -175,6 +178,12 @@ class BoundFloatKernels {
 
 }  // namespace
 
+CacheType cache_type_named(const std::string& name) {
+  if (name == "f16") return CacheType::f16;
+  if (name == "q8") return CacheType::q8;
+  refuse("cache_type: found '" + name + "', wanted f16 or q8");
+}
+
 void bind_float_kernels(nb::module_& m) {
   using Bound = BoundFloatKernels;
   nb::class_<Bound>(m, "float_kernels", "The float kernels of one instruction-set level.")
@@ -195,13 +204,18 @@ void bind_float_kernels(nb::module_& m) {
       .def("to_f16", &Bound::to_f16, nb::arg("x"), "f32 -> f16, ties to even")
       .def("from_f16", &Bound::from_f16, nb::arg("x"), "f16 -> f32")
       .def("cache_write", &Bound::cache_write, nb::arg("cache").noconvert(), nb::arg("key"), nb::arg("value"),
-           nb::arg("position"), "cache u8 [tiles, cache_tile_bytes(D)] gets one position's key and value f32 [D]")
+           nb::arg("position"), nb::arg("cache_type"),
+           "cache u8 [tiles, cache_tile_bytes(cache_type, D)] gets one position's key and value f32 [D]")
       .def("attention", &Bound::attention, nb::arg("cache"), nb::arg("query"), nb::arg("positions"), nb::arg("scale"),
            nb::arg("window") = 0, nb::arg("softcap") = 0.0f, nb::arg("by_spans") = false,
+           nb::kw_only(), nb::arg("cache_type"),
            "query f32 [M, D] at positions i32 [M], M at most ATTENTION_ROWS -> f32 [M, D]; by_spans: in two steps");
   m.attr("ATTENTION_ROWS") = kAttentionRows;
   m.attr("ATTENTION_SPAN") = kAttentionSpan;
-  m.def("cache_tile_bytes", &cache_tile_bytes, nb::arg("head_width"));
+  m.def(
+      "cache_tile_bytes",
+      [](const std::string& type, int head_width) { return cache_tile_bytes(cache_type_named(type), head_width); },
+      nb::arg("cache_type"), nb::arg("head_width"));
 }
 
 }  // namespace elute

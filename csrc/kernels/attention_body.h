@@ -2,6 +2,7 @@
 // A query's result does not depend on which queries share its block: rows meet only in loads.
 #pragma once
 #include "kernels/attention_f16.h"
+#include "kernels/attention_q8.h"
 #include "kernels/attention_rows.h"
 
 namespace elute {
@@ -10,15 +11,14 @@ namespace {
 constexpr int kSpanTiles = kAttentionSpan / kCacheTile;
 
 // What each row sees of a span, into scratch.span. Rows that see none of it keep a total of 0.
-template <class S>
-void attend_span(const CacheView& cache, const AttentionBlock& block, int span, const Scratch<S>& scratch) {
+template <class S, class Tiles>
+void attend_span(Tiles& tiles, const AttentionBlock& block, int span, const Scratch<S>& scratch) {
   scratch.span.reset(block.n_rows, scratch.padded);
   int first_key = block.first_key(0), last_key = 0;
   for (int r = 0; r < block.n_rows; ++r) {
     first_key = block.first_key(r) < first_key ? block.first_key(r) : first_key;
     last_key = block.positions[r] > last_key ? block.positions[r] : last_key;
   }
-  TilesF16<S> tiles(cache, block, scratch);
   for (int tile = span * kSpanTiles; tile < (span + 1) * kSpanTiles; ++tile) {
     const int n_written = last_key + 1 - tile * kCacheTile;
     if (n_written <= 0) break;
@@ -64,10 +64,17 @@ void divide(const float* partial, int head_width, float* output) {
   });
 }
 
-template <class S>
-void attention(const CacheView& cache, const AttentionBlock& block, float* output, const int64_t* output_offsets,
-               void* memory) {
-  const Scratch<S> scratch(memory, cache.head_width);
+// body(the tiles of the cache, as its type has them)
+template <class S, class Body>
+void with_tiles(const CacheView& cache, const AttentionBlock& block, const Scratch<S>& scratch, Body body) {
+  switch (cache.type) {
+    case CacheType::f16: return body(TilesF16<S>(cache, block, scratch));
+    case CacheType::q8: return body(TilesQ8<S>(cache, block, scratch));
+  }
+}
+
+template <class S, class Tiles>
+void attend(Tiles& tiles, const AttentionBlock& block, const Scratch<S>& scratch) {
   int first_span = block.first_key(0) / kAttentionSpan, last_span = 0;
   for (int r = 0; r < block.n_rows; ++r) {
     const int first = block.first_key(r) / kAttentionSpan, last = block.positions[r] / kAttentionSpan;
@@ -75,7 +82,7 @@ void attention(const CacheView& cache, const AttentionBlock& block, float* outpu
     last_span = last > last_span ? last : last_span;
   }
   for (int span = first_span; span <= last_span; ++span) {
-    attend_span<S>(cache, block, span, scratch);
+    attend_span<S>(tiles, block, span, scratch);
     for (int r = 0; r < block.n_rows; ++r) {
       const int first = block.first_key(r) / kAttentionSpan;
       if (span < first || span > block.positions[r] / kAttentionSpan) continue;
@@ -83,6 +90,13 @@ void attention(const CacheView& cache, const AttentionBlock& block, float* outpu
       else merge<S>(scratch.span.row(r), scratch.all.row(r), scratch.padded);
     }
   }
+}
+
+template <class S>
+void attention(const CacheView& cache, const AttentionBlock& block, float* output, const int64_t* output_offsets,
+               void* memory) {
+  const Scratch<S> scratch(memory, cache.head_width);
+  with_tiles<S>(cache, block, scratch, [&](auto tiles) { attend<S>(tiles, block, scratch); });
   for (int r = 0; r < block.n_rows; ++r)
     divide<S>(scratch.all.row(r), cache.head_width, output + output_offsets[r]);
 }
@@ -91,7 +105,7 @@ template <class S>
 void attention_span(const CacheView& cache, const AttentionBlock& block, int span, float* partials, int64_t stride,
                     void* memory) {
   const Scratch<S> scratch(memory, cache.head_width);
-  attend_span<S>(cache, block, span, scratch);
+  with_tiles<S>(cache, block, scratch, [&](auto tiles) { attend_span<S>(tiles, block, span, scratch); });
   for (int r = 0; r < block.n_rows; ++r) copy_partial(scratch.span.row(r), partials + r * stride, scratch.padded);
 }
 
@@ -100,6 +114,14 @@ void attention_merge(float* partials, int64_t stride, int n_spans, int head_widt
   const int padded = (head_width + S::kLanes - 1) / S::kLanes * S::kLanes;
   for (int span = 1; span < n_spans; ++span) merge<S>(partials + span * stride, partials, padded);
   divide<S>(partials, head_width, output);
+}
+
+template <class S>
+void cache_write(const CacheView& cache, const float* key, const float* value, int position) {
+  switch (cache.type) {
+    case CacheType::f16: return cache_write_f16<S>(cache, key, value, position);
+    case CacheType::q8: return cache_write_q8<S>(cache, key, value, position);
+  }
 }
 
 }  // namespace

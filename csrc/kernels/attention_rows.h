@@ -53,20 +53,23 @@ struct Partials {
 // Where in the scratch (attention_scratch_bytes) everything lies.
 template <class S>
 struct Scratch {
-  float* tile;    // keys or values of a tile in f32
+  void* tile;     // attention_tile_floats
+  float* scales;  // [rows] of the products q.k
   float* scores;  // [rows][kCacheTile], then the probabilities
   Partials span;  // of the keys of one span so far
   Partials all;   // of the spans done
   int padded;     // head width up to whole vectors
 
-  Scratch(void* memory, int head_width) : padded((head_width + S::kLanes - 1) / S::kLanes * S::kLanes) {
+  Scratch(void* memory, int head_width) : tile(memory), padded((head_width + S::kLanes - 1) / S::kLanes * S::kLanes) {
     const int64_t stride = attention_partial_floats(head_width);
-    tile = static_cast<float*>(memory);
-    scores = tile + kCacheTile * (stride - kPartialSums);
+    scales = static_cast<float*>(memory) + attention_tile_floats(head_width);
+    scores = scales + kAttentionRows;
     span = {scores + kAttentionRows * kCacheTile, stride};
     all = {span.at + kAttentionRows * stride, stride};
   }
 };
+
+constexpr int kLineBytes = 64;
 
 // The keys of one tile that each row of the block sees, [begin, end); both 0 where it sees none. `keep` scales what
 // the row had before this tile.
@@ -99,13 +102,15 @@ template <class S, int R>
 void soften(int first, const AttentionBlock& block, const Scratch<S>& scratch, TileRows& rows) {
   using Float = typename S::Float;
   float* scores = scratch.scores + first * kCacheTile;
-  float scale = block.scale;
-  if (block.softcap > 0) {
-    for (int i = 0; i < R * kCacheTile; i += S::kLanes)
-      S::store(scores + i, soft_cap<S>(S::mul(S::load(scores + i), S::set1(scale)), block.softcap));
-    scale = 1;
-  }
+  float scales[R];
   for (int r = 0; r < R; ++r) {
+    scales[r] = scratch.scales[first + r];
+    if (block.softcap > 0) {
+      float* row = scores + r * kCacheTile;
+      for (int i = 0; i < kCacheTile; i += S::kLanes)
+        S::store(row + i, soft_cap<S>(S::mul(S::load(row + i), S::set1(scales[r])), block.softcap));
+      scales[r] = 1;
+    }
     for (int i = 0; i < rows.begin[first + r]; ++i) scores[r * kCacheTile + i] = -__builtin_inff();
     for (int i = rows.end[first + r]; i < kCacheTile; ++i) scores[r * kCacheTile + i] = -__builtin_inff();
   }
@@ -120,16 +125,15 @@ void soften(int first, const AttentionBlock& block, const Scratch<S>& scratch, T
   float gaps[16] = {};
   for (int r = 0; r < R; ++r) {
     const float before = scratch.span.largest(first + r);
-    const float tile_largest = S::largest(most[r]) * scale;
+    const float tile_largest = S::largest(most[r]) * scales[r];
     now[r] = tile_largest > before ? tile_largest : before;
     gaps[r] = before - now[r];
   }
   exp_each<S>(gaps, R);
-  const Float factor = S::set1(scale);
 #pragma GCC unroll 16
   for (int r = 0; r < R; ++r) {
     if (rows.end[first + r] == 0) continue;
-    const Float shift = S::set1(-now[r]);
+    const Float factor = S::set1(scales[r]), shift = S::set1(-now[r]);
     Float sum = S::zero();
     for (int i = 0; i < kCacheTile; i += S::kLanes) {
       float* at = scores + r * kCacheTile + i;

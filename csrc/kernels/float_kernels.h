@@ -1,4 +1,4 @@
-// Float kernels round the matmuls: norms, rotary embedding, gated activations, attention over an f16 cache.
+// Float kernels round the matmuls: norms, rotary embedding, gated activations, attention over the cache.
 // All pointers may be unaligned unless said. No kernel allocates, throws or knows of threads; callers split rows.
 // Per row the order of float operations depends on nothing but that row: not on the chunk, the split or its neighbours,
 // so a token's result is the same alone and in a prompt.

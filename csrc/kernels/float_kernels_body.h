@@ -9,6 +9,12 @@
 //   shift_to_exponent(a)    2^n, n the low bits of a as an integer in [-126, 127]
 //   first, sum, largest     lane 0; over the lanes
 //   Wide, wide_zero, add_wide(w, a), sum_wide(w)   sums of lanes in f64, lane by lane, then over the lanes
+//   Pairs, load_pairs, set1_pair   kLanes pairs of neighbours, of 8 bits widened to 16; one pair of 16 bits in all lanes
+//   Ints, zero_ints         kLanes 32-bit integers
+//   add_products(a, b, c)   c + both products of each lane's pairs, exact
+//   to_float(c)             rounded to nearest even
+//   store to int8, int16    rounded to nearest even; |a| is at most 127, 32767; anything for NaN
+//   keep_in_register(c)     nothing: stops GCC 12 from keeping a loop's sums twice, see integer_avx2.h
 //   kRows, kBlock, kDirectRows, direct_vectors(rows)   shape of attention's register tiles
 //
 // Everything is in unnamed namespaces, and no std:: template is used: an inline function compiled here with AVX flags

@@ -41,6 +41,26 @@ struct FloatAvx2 {
     for (int i = 0; i < n; ++i) p[i] = whole[i];
   }
 
+  using Pairs = __m256i;
+  using Ints = __m256i;
+  static Pairs load_pairs(const int8_t* p) {
+    return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+  }
+  static Pairs set1_pair(const int16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return _mm256_set1_epi32(both);
+  }
+  static Ints zero_ints() { return _mm256_setzero_si256(); }
+  static Ints add_products(Pairs a, Pairs b, Ints c) { return _mm256_add_epi32(c, _mm256_madd_epi16(a, b)); }
+  static Float to_float(Ints a) { return _mm256_cvtepi32_ps(a); }
+  static void keep_in_register(Ints& a) { asm("" : "+x"(a)); }
+  static void store(int16_t* p, Float a) { _mm_storeu_si128(reinterpret_cast<__m128i*>(p), to_int16(a)); }
+  static void store(int8_t* p, Float a) {
+    const __m128i words = to_int16(a);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }
@@ -82,6 +102,10 @@ struct FloatAvx2 {
   }
 
  private:
+  static __m128i to_int16(Float a) {
+    const __m256i rounded = _mm256_cvtps_epi32(a);
+    return _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+  }
   static __m256i mask(int n) {
     alignas(32) static constexpr int32_t window[2 * kLanes] = {-1, -1, -1, -1, -1, -1, -1, -1};
     return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(window + kLanes - n));

@@ -61,6 +61,31 @@ struct FloatAvx512 {
     for (int i = 0; i < n; ++i) p[i] = whole[i];
   }
 
+  using Pairs = __m512i;
+  using Ints = __m512i;
+  static Pairs load_pairs(const int8_t* p) {
+    return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+  }
+  static Pairs set1_pair(const int16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return _mm512_set1_epi32(both);
+  }
+  static Ints zero_ints() { return _mm512_setzero_si512(); }
+#if defined(ELUTE_EMULATE_AVX512)  // SIMDe 0.7.4 lacks these, and its alias of madd has the arguments of another
+  static Ints add_products(Pairs a, Pairs b, Ints c) { return _mm512_add_epi32(c, simde_mm512_madd_epi16(a, b)); }
+  static Float to_float(Ints a) {
+    return join(_mm256_cvtepi32_ps(_mm512_castsi512_si256(a)), _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(a, 1)));
+  }
+  static void keep_in_register(Ints&) {}
+#else
+  static Ints add_products(Pairs a, Pairs b, Ints c) { return _mm512_dpwssd_epi32(c, a, b); }
+  static Float to_float(Ints a) { return _mm512_cvtepi32_ps(a); }
+  static void keep_in_register(Ints& a) { asm("" : "+v"(a)); }
+#endif
+  static void store(int16_t* p, Float a) { store_codes(p, a); }
+  static void store(int8_t* p, Float a) { store_codes(p, a); }
+
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -88,6 +113,11 @@ struct FloatAvx512 {
 
  private:
   using Half = FloatAvx2;
+  template <class Code>
+  static void store_codes(Code* p, Float a) {
+    Half::store(p, low(a));
+    Half::store(p + Half::kLanes, high(a));
+  }
   static __m256 low(Float a) { return _mm512_castps512_ps256(a); }
   static __m256 high(Float a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
   static Float join(__m256 a, __m256 b) {

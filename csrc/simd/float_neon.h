@@ -44,6 +44,28 @@ struct FloatNeon {
     for (int i = 0; i < n; ++i) p[i] = whole[i];
   }
 
+  using Pairs = int16x8_t;
+  using Ints = int32x4_t;
+  static Pairs load_pairs(const int8_t* p) { return vmovl_s8(vld1_s8(p)); }
+  static Pairs set1_pair(const int16_t* p) {
+    int32_t both;
+    __builtin_memcpy(&both, p, 4);
+    return vreinterpretq_s16_s32(vdupq_n_s32(both));
+  }
+  static Ints zero_ints() { return vdupq_n_s32(0); }
+  static Ints add_products(Pairs a, Pairs b, Ints c) {
+    const int32x4_t low = vmull_s16(vget_low_s16(a), vget_low_s16(b));
+    return vaddq_s32(c, vpaddq_s32(low, vmull_high_s16(a, b)));
+  }
+  static Float to_float(Ints a) { return vcvtq_f32_s32(a); }
+  static void keep_in_register(Ints&) {}
+  static void store(int16_t* p, Float a) { vst1_s16(p, vqmovn_s32(vcvtnq_s32_f32(a))); }
+  static void store(int8_t* p, Float a) {
+    const int16x4_t words = vqmovn_s32(vcvtnq_s32_f32(a));
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    __builtin_memcpy(p, &bytes, kLanes);
+  }
+
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float sub(Float a, Float b) { return vsubq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }

@@ -21,6 +21,19 @@ struct FloatScalar {
   static void store(float* p, Float a) { *p = a; }
   static void store_n(float* p, Float a, int) { *p = a; }
 
+  struct Pairs {
+    int32_t first, second;
+  };
+  using Ints = int32_t;
+  static Pairs load_pairs(const int8_t* p) { return {p[0], p[1]}; }
+  static Pairs set1_pair(const int16_t* p) { return {p[0], p[1]}; }
+  static Ints zero_ints() { return 0; }
+  static Ints add_products(Pairs a, Pairs b, Ints c) { return c + a.first * b.first + a.second * b.second; }
+  static Float to_float(Ints a) { return static_cast<float>(a); }
+  static void keep_in_register(Ints&) {}
+  static void store(int8_t* p, Float a) { *p = static_cast<int8_t>(round(a)); }
+  static void store(int16_t* p, Float a) { *p = static_cast<int16_t>(round(a)); }
+
   // Exponent and fraction move up by 13 bits; one product by 2^112 rebiases them and normalises subnormals alike.
   static Float load(const uint16_t* p) {
     const uint32_t half = *p;
@@ -68,6 +81,8 @@ struct FloatScalar {
   static double sum_wide(Wide w) { return w; }
 
  private:
+  // Ties to even: adding 1.5 * 2^23 leaves the whole number in the low bits.
+  static int32_t round(float x) { return static_cast<int32_t>(to_bits(x + 0x1.8p23f) - to_bits(0x1.8p23f)); }
   static uint32_t to_bits(float x) {
     uint32_t bits;
     __builtin_memcpy(&bits, &x, 4);

@@ -59,7 +59,9 @@ class float_kernels:
     ) -> npt.NDArray[np.float64]: ...
     def to_f16(self, x: _F32) -> _F16: ...
     def from_f16(self, x: _F16) -> _F32: ...
-    def cache_write(self, cache: _U8, key: _F32, value: _F32, position: int) -> None: ...
+    def cache_write(
+        self, cache: _U8, key: _F32, value: _F32, position: int, cache_type: str
+    ) -> None: ...
     def attention(
         self,
         cache: _U8,
@@ -69,12 +71,14 @@ class float_kernels:
         window: int = 0,
         softcap: float = 0.0,
         by_spans: bool = False,
+        *,
+        cache_type: str,
     ) -> _F32: ...
 
 ATTENTION_ROWS: int
 ATTENTION_SPAN: int
 
-def cache_tile_bytes(head_width: int) -> int: ...
+def cache_tile_bytes(cache_type: str, head_width: int) -> int: ...
 
 class Executor:
     def __init__(
@@ -86,6 +90,7 @@ class Executor:
         n_layers: int,
         n_kv_heads: int,
         head_width: int,
+        cache_type: str,
     ) -> None: ...
     def add_register(self, width: int) -> int: ...
     def add_matrix(

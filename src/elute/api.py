@@ -307,6 +307,7 @@ def load(
     threads: int | None = None,
     isa: str | None = None,
     kernel: str = "auto",
+    cache_type: str = "f16",
     cache_dir: Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
@@ -321,6 +322,7 @@ def load(
     isa       an instruction set of `elute doctor`; the best when None
     kernel    how weights are multiplied: "lookup", "multiply", or "auto", the faster one by a
               measurement that the first start on a machine takes; answers are the same
+    cache_type  what keys and values are kept in: "f16", or "q8", half the memory with 8-bit codes
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
@@ -347,7 +349,13 @@ def load(
             ops.context,
         )
     executor = NativeExecutor(
-        ops, packed, context=context, n_threads=threads, isa=isa, kernel=kernel
+        ops,
+        packed,
+        context=context,
+        n_threads=threads,
+        isa=isa,
+        kernel=kernel,
+        cache_type=cache_type,
     )
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
     return Model(

@@ -6,6 +6,7 @@ from test_random_weights import TINY
 from elute.bench.random_weights import RandomWeights, random_recipe
 from elute.bench.subject import stored_as
 from elute.bench.traffic import CachedLayer, traffic
+from elute.kernels.kv_cache import CacheType
 from elute.model.families import op_list
 
 LINEAR = 2 * (64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 192)
@@ -41,6 +42,13 @@ def test_the_cache_of_earlier_positions_is_read_too():
     assert found.bytes_per_token(3, 10) == found.step_bytes + 2 * position * 12
     windowed = dataclasses.replace(found, layers=(CachedLayer(position, 5),))
     assert windowed.bytes_per_token(4, 3) == found.step_bytes + position * (4 + 5 + 5 + 5) / 4
+
+
+def test_a_q8_cache_reads_codes_and_two_scales_a_head():
+    ops = op_list(TINY)
+    weights = RandomWeights(ops, random_recipe(bits=4, outer_bits=8))
+    found = traffic(ops, weights, CacheType.Q8)
+    assert found.layers == (CachedLayer(2 * (16 + 16 + 2 * 4), None),) * 2
 
 
 def test_a_prompt_multiplies_all_but_the_head_for_every_token():

@@ -146,6 +146,10 @@ def test_the_smallest_sizes_are_measured_and_none_is_refused(run, folder):
         (("--group-size", 64), "--group-size describes a random model"),
         (("--bits", "ternary"), "--bits ternary is for --shape"),
         (("--shape", "tiny", "--no-warmup"), "--no-warmup is for --versus llama.cpp"),
+        (
+            ("--shape", "tiny", "--versus", "llama.cpp", "--cache-type", "q8"),
+            "--cache-type q8 beside --versus: llama.cpp is run with its f16 cache",
+        ),
         (("--shape", "tiny", "--timeout", 5), "--timeout is for --versus llama.cpp"),
         (("--versus", "llama.cpp", "--versus-type", "Q4_0"), "--versus-type is for --shape"),
         (

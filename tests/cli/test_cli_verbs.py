@@ -109,6 +109,32 @@ def test_info_shows_what_multiplies_each_width_and_why(run, folder, kernels_file
     )
 
 
+def test_info_counts_the_cache_of_each_type(run, folder):
+    told = {
+        kind: json.loads(run("info", folder, "--json", "--cache-type", kind)[1])
+        for kind in ("f16", "q8")
+    }
+    # 2 layers of 2 kv heads, 16 wide: keys and values, and of q8 two f32 scales.
+    assert told["f16"]["cache_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+    assert told["q8"]["cache_bytes_per_token"] == 2 * 2 * (2 * 16 + 2 * 4)
+    assert "160 bytes each in q8" in run("info", folder, "--cache-type", "q8")[1]
+    assert json.loads(run("info", folder, "--json")[1])["cache_type"] == "f16"
+
+
+def test_a_q8_cache_is_near_f16_and_is_not_f16(run, folder, text):
+    given = ["eval", folder, "--text", text, "--context", 64, "--windows", 2, "--json", "-q"]
+    for more in ([], ["--reference"]):
+        plain, f16, q8 = (
+            json.loads(run(*given, *more, *kind)[1])["perplexity"]
+            for kind in ([], ["--cache-type", "f16"], ["--cache-type", "q8"])
+        )
+        assert plain == pytest.approx(f16, rel=1e-3)
+        assert q8 != f16
+        assert q8 == pytest.approx(f16, rel=0.05)
+    told = json.loads(run(*given, "--cache-type", "q8", "--against", folder)[1])
+    assert 0 < told["kl"] < 0.05
+
+
 def test_no_kernel_changes_an_answer(run, folder, text):
     given = ["eval", folder, "--text", text, "--context", 64, "--windows", 2, "--json", "-q"]
     told = {run(*given, "--kernel", kernel)[1] for kernel in ("auto", "lookup", "multiply")}

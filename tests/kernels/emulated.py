@@ -153,12 +153,14 @@ class FloatKernels:
     def from_f16(self, x):
         return self._call("from_f16", x)[0]
 
-    def cache_write(self, cache, key, value, position):
-        cache[...] = self._call("cache_write", cache, key, value, int(position))[0]
+    def cache_write(self, cache, key, value, position, cache_type):
+        cache[...] = self._call("cache_write", cache, key, value, int(position), str(cache_type))[0]
 
-    def attention(self, cache, query, positions, scale, window=0, softcap=0.0, *, by_spans=False):
+    def attention(
+        self, cache, query, positions, scale, window=0, softcap=0.0, by_spans=False, *, cache_type
+    ):
         numbers = float(scale), int(window), float(softcap), int(by_spans)
-        return self._call("attention", cache, query, positions, *numbers)[0]
+        return self._call("attention", cache, query, positions, *numbers, str(cache_type))[0]
 
 
 class NativeExecutor:

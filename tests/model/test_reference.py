@@ -10,6 +10,7 @@ import pytest
 from tiny import tiny_checkpoint
 
 from elute.errors import BudgetError, FormatError, ShapeError
+from elute.kernels.kv_cache import CacheType
 from elute.model.families import op_list
 from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
@@ -130,7 +131,7 @@ def test_linear_replaces_every_multiplication(ops, weights, tokens) -> None:
 def test_f16_cache_equals_rounded_keys_and_values(ops, weights, tokens) -> None:
     """One layer attends to what it stored: its keys are rounded after norm and rope, not before."""
     exact = ReferenceExecutor(ops, weights).forward(tokens, 0)
-    rounded = ReferenceExecutor(ops, weights, kv_dtype=np.float16)
+    rounded = ReferenceExecutor(ops, weights, cache_type=CacheType.F16)
     got = rounded.forward(tokens, 0)
     assert (got != exact).any()
     # f16 rounds by 2**-11; two layers of attention and MLP make less than 64 times that of it here.

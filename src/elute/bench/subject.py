@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any
 from elute.bench.random_weights import RandomWeights
 from elute.bench.shapes import shape_config
 from elute.bench.traffic import Traffic, traffic
+from elute.kernels.kv_cache import CacheType
+from elute.kernels.kv_cache import cache_type as chosen_cache_type
 from elute.model.families import op_list
 from elute.model.ops import Head, Linear, OpList
 from elute.types import Affine, PackedMatrix, WeightSource
@@ -37,6 +39,7 @@ class Subject:
     weights: WeightSource
     stored: str
     traffic: Traffic
+    cache_type: CacheType = CacheType.F16
     gguf: Path | None = None
 
     @property
@@ -55,7 +58,9 @@ class Subject:
         return f"{self.config['model_type']} {shown} {self.stored}"
 
 
-def random_subject(shape: str, recipe: Recipe, *, vocabulary: int | None = None) -> Subject:
+def random_subject(
+    shape: str, recipe: Recipe, *, vocabulary: int | None = None, cache_type: str = "f16"
+) -> Subject:
     """CONFIGS[shape] with random weights. Raises BudgetError when memory does not hold them."""
     config = shape_config(shape, vocabulary=vocabulary)
     ops = op_list(config)
@@ -64,16 +69,21 @@ def random_subject(shape: str, recipe: Recipe, *, vocabulary: int | None = None)
         if vocabulary in (None, shape_config(shape)["vocab_size"])
         else f"{shape}-v{vocabulary}"
     )
-    return _subject(name, config, ops, RandomWeights(ops, recipe))
+    return _subject(name, config, ops, RandomWeights(ops, recipe), cache_type=cache_type)
 
 
-def packed_subject(name: str, packed: PackedModel) -> Subject:
+def packed_subject(name: str, packed: PackedModel, *, cache_type: str = "f16") -> Subject:
     """A packed model; gguf is the file that it was made from, where that still exists."""
     source = Path(packed.source)
     requantized = bool(packed.recipe.get("requantize"))
     same = source.suffix == ".gguf" and source.is_file() and not requantized
     return _subject(
-        name, packed.config, op_list(packed.config), packed, gguf=source if same else None
+        name,
+        packed.config,
+        op_list(packed.config),
+        packed,
+        cache_type=cache_type,
+        gguf=source if same else None,
     )
 
 
@@ -83,9 +93,12 @@ def _subject(
     ops: OpList,
     weights: WeightSource,
     *,
+    cache_type: str,
     gguf: Path | None = None,
 ) -> Subject:
-    return Subject(name, config, ops, weights, stored_as(ops, weights), traffic(ops, weights), gguf)
+    kind = chosen_cache_type(cache_type, head_width=ops.head_width)
+    stored, read = stored_as(ops, weights), traffic(ops, weights, kind)
+    return Subject(name, config, ops, weights, stored, read, kind, gguf)
 
 
 def stored_as(ops: OpList, weights: WeightSource) -> str:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from elute.kernels.kv_cache import CacheType, position_bytes
 from elute.model.ops import Attention, Head, Linear, OpList
 from elute.model.weights import weight_shapes
 from elute.types import PackedMatrix, WeightSource
-
-KV_ITEM_BYTES = 2  # keys and values are f16
 
 
 @dataclass(frozen=True)
@@ -57,7 +56,7 @@ class Traffic:
         return 2 * (n_tokens * self.linear_weights + self.head_weights)
 
 
-def traffic(ops: OpList, weights: WeightSource) -> Traffic:
+def traffic(ops: OpList, weights: WeightSource, cache_type: CacheType = CacheType.F16) -> Traffic:
     """Counts what `weights` holds for `ops`."""
     n_bytes, n_weights = {}, {}
     for name in ops.matrices():
@@ -76,7 +75,10 @@ def traffic(ops: OpList, weights: WeightSource) -> Traffic:
         linear_weights=sum(n_weights[name] for name in linear),
         head_weights=sum(n_weights[name] for name in head),
         layers=tuple(
-            CachedLayer(2 * KV_ITEM_BYTES * op.n_kv_heads * op.head_width, op.window)
+            CachedLayer(
+                position_bytes(cache_type, n_kv_heads=op.n_kv_heads, head_width=op.head_width),
+                op.window,
+            )
             for op in ops.ops
             if isinstance(op, Attention)
         ),

@@ -85,6 +85,7 @@ OF_SHAPE = ("group_size", "head_bits", "vocabulary")
 @click.option("-r", "--repeats", type=click.IntRange(1), default=5, show_default=True)
 @options.thread_counts
 @options.kernel_options
+@options.cache_type
 @versus_options
 @click.option(
     "--record",
@@ -144,6 +145,7 @@ def command(
                 n_threads=n,
                 isa=isa,
                 kernel=kernel,
+                cache_type=subject.cache_type,
             )
             for n in counts
         }
@@ -160,6 +162,8 @@ def command(
             screen.note(f"{rival.name} ran with {rival.told('backends')}, not on the CPU alone")
         if record is not None:
             forced = isa if kernel == "auto" else f"{isa} {kernel}"
+            if given["cache_type"] == "q8":
+                forced += " q8 cache"
             for path in records.record(record, subject, speeds, isa=forced, rival=rival):
                 screen.note(f"recorded in {path}")
     if as_json:
@@ -199,12 +203,16 @@ def _subject(model: str | None, given: dict[str, Any], screen: Screen) -> Subjec
     from elute.runtime.store import open_packed
 
     shape, bits, recipe = given["shape"], given["bits"], given["recipe"]
+    cache_type = given["cache_type"] or "f16"
     if shape is None:
         name = model or "default"
         width = None if bits is None else int(bits)
-        return packed_subject(name, open_packed(name, bits=width, recipe=recipe, progress=screen))
+        packed = open_packed(name, bits=width, recipe=recipe, progress=screen)
+        return packed_subject(name, packed, cache_type=cache_type)
     if recipe is not None:
-        return random_subject(shape, Recipe.load(recipe), vocabulary=given["vocabulary"])
+        return random_subject(
+            shape, Recipe.load(recipe), vocabulary=given["vocabulary"], cache_type=cache_type
+        )
     width, group = shape_bits(bits), given["group_size"]
     if group is None:
         group = WHOLE_ROW if width is None else DEFAULT_GROUP
@@ -213,4 +221,4 @@ def _subject(model: str | None, given: dict[str, Any], screen: Screen) -> Subjec
         group_size=group or None,
         outer_bits=given["head_bits"] or DEFAULT_HEAD_BITS,
     )
-    return random_subject(shape, chosen, vocabulary=given["vocabulary"])
+    return random_subject(shape, chosen, vocabulary=given["vocabulary"], cache_type=cache_type)

@@ -78,6 +78,11 @@ def check_versus(given: dict[str, Any]) -> None:
         for name in OF_VERSUS:
             if given[name] is not None:
                 raise click.UsageError(f"--{name.replace('_', '-')} is for --versus {RIVALS[0]}")
+    elif given["cache_type"] == "q8":
+        raise click.UsageError(
+            f"found --cache-type q8 beside --versus: {RIVALS[0]} is run with its f16 cache; leave "
+            "one of them out"
+        )
     chosen = given["versus_type"]
     if chosen is not None:
         if given["shape"] is None or given["gguf"] is not None:

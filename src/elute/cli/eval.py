@@ -45,7 +45,8 @@ def command(
 
     The text is cut into windows of --context tokens (512), each evaluated alone, the predictions of
     its second half scored. --reference runs the weights in float: of a packed folder, or with
-    --bits or --recipe, the packed codes; otherwise what the source holds.
+    --bits or --recipe, the packed codes; otherwise what the source holds; its cache is float unless
+    --cache-type says otherwise. BASE has the cache that is the default.
     """
     from elute.cli.screen import Screen, answer_json
     from elute.evaluate.kl import divergence
@@ -61,7 +62,7 @@ def command(
                 executor, cut, progress=lambda done, total: screen("perplexity", done, total)
             )
         else:
-            plain = {**given, "bits": None, "recipe": None}
+            plain = {**given, "bits": None, "recipe": None, "cache_type": None}
             base, base_tokens, _ = _subject(against, text_path, screen, reference, context, plain)
             _check_same_tokens(tokens, base_tokens, against)
             distance = divergence(
@@ -131,7 +132,11 @@ def _subject(
     source = PackedModel.open(path) if is_packed(path) else open_checkpoint(path)
     tokenizer = Tokenizer.from_files(source.tokenizer_files())
     tokens, bos = text_tokens(tokenizer, _read(text_path))
-    return reference_executor(path, context=context), tokens, bos
+    return (
+        reference_executor(path, context=context, cache_type=given["cache_type"]),
+        tokens,
+        bos,
+    )
 
 
 def _read(path: Path) -> str:

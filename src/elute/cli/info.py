@@ -17,6 +17,7 @@ if TYPE_CHECKING:
 @click.argument("model", default="default")
 @options.pack_options
 @options.kernel_options
+@options.cache_type
 @click.option("--verify", is_flag=True, help="Hash every file and compare with the manifest.")
 @options.as_json
 @options.quiet
@@ -30,7 +31,7 @@ def command(model: str, verify: bool, as_json: bool, quiet: bool, **given: Any) 
         packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
     if verify:
         packed.verify()
-    told = describe(packed)
+    told = describe(packed, given["cache_type"] or "f16")
     widths = {kind["bits"] for kind in told["matrices"]}
     told |= kernels_json(given["isa"], widths, given["kernel"])
     if verify:
@@ -41,13 +42,18 @@ def command(model: str, verify: bool, as_json: bool, quiet: bool, **given: Any) 
         click.echo(_page(told))
 
 
-def describe(packed: PackedModel) -> dict[str, Any]:
+def describe(packed: PackedModel, cache_type: str) -> dict[str, Any]:
     """The keys of --json."""
     from elute.formats.packed_layout import MatrixRecord
     from elute.formats.tokenizer import Tokenizer
+    from elute.kernels import kv_cache
     from elute.model.families import op_list
 
     ops = op_list(packed.config)
+    kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
+    position_bytes = kv_cache.position_bytes(
+        kind, n_kv_heads=ops.n_kv_heads, head_width=ops.head_width
+    )
     files = packed.tokenizer_files()
     tokenizer = Tokenizer.from_files(files)
     kinds: dict[tuple[int, int, str], list[int]] = defaultdict(lambda: [0, 0, 0])
@@ -67,7 +73,8 @@ def describe(packed: PackedModel) -> dict[str, Any]:
         "layers": ops.n_layers,
         "vocabulary": ops.vocabulary,
         "context": ops.context,
-        "cache_bytes_per_token": 2 * 2 * ops.n_layers * ops.n_kv_heads * ops.head_width,
+        "cache_type": str(kind),
+        "cache_bytes_per_token": ops.n_layers * position_bytes,
         "chat_template": bool(files.chat_template or files.tokenizer_config.get("chat_template")),
         "end_tokens": [tokenizer.token_text(token) for token in tokenizer.eos_ids],
         "matrices": [
@@ -103,7 +110,11 @@ def _page(told: dict[str, Any]) -> str:
             for kind in told["matrices"]
         ),
         *(("" if i else "kernels", line) for i, line in enumerate(kernel_lines(told))),
-        ("context", f"{told['context']} tokens, {told['cache_bytes_per_token']} bytes each"),
+        (
+            "context",
+            f"{told['context']} tokens, {told['cache_bytes_per_token']} bytes each in "
+            f"{told['cache_type']}",
+        ),
         ("vocabulary", f"{told['vocabulary']}, answers end at {', '.join(told['end_tokens'])}"),
         ("chat", "has a template" if told["chat_template"] else "no template: use run --raw"),
     ]

@@ -97,11 +97,19 @@ kernel_options = _all(
     ),
 )
 
+cache_type = click.option(
+    "--cache-type",
+    type=click.Choice(["f16", "q8"]),
+    help="What keys and values are kept in: f16, or 8-bit codes in half the memory.  "
+    "[default: f16]",
+)
+
 load_options = _all(
     pack_options,
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together."),
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]"),
     kernel_options,
+    cache_type,
 )
 
 # Longer than an answer with its reasoning; a small model that repeats itself never ends by itself.
@@ -156,5 +164,6 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         threads=options["threads"],
         isa=options["isa"],
         kernel=options["kernel"],
+        cache_type=options["cache_type"] or "f16",
         progress=screen,
     )

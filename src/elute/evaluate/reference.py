@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.formats.packed import PackedModel
+from elute.kernels import kv_cache
 from elute.model.families import op_list
 from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
@@ -47,10 +48,25 @@ class _Weights(Mapping[str, npt.NDArray[Any]]):
 class FloatExecutor:
     """ReferenceExecutor with the attributes that sessions ask for."""
 
-    def __init__(self, model: PackedModel | Checkpoint, *, context: int | None = None) -> None:
-        """Raises as op_list and ReferenceExecutor do."""
+    def __init__(
+        self,
+        model: PackedModel | Checkpoint,
+        *,
+        context: int | None = None,
+        cache_type: str | None = None,
+    ) -> None:
+        """cache_type: how keys and values are rounded; None: not. Raises as op_list,
+        kv_cache.cache_type and ReferenceExecutor do.
+        """
         ops = op_list(model.config)
-        self._executor = ReferenceExecutor(ops, _Weights(ops, model), context=context)
+        kind = (
+            None
+            if cache_type is None
+            else kv_cache.cache_type(cache_type, head_width=ops.head_width)
+        )
+        self._executor = ReferenceExecutor(
+            ops, _Weights(ops, model), context=context, cache_type=kind
+        )
         self.context = self._executor.context
         self.vocabulary = ops.vocabulary
 
@@ -58,10 +74,12 @@ class FloatExecutor:
         return self._executor.forward(np.asarray(tokens), position, all_logits=all_logits)
 
 
-def reference_executor(path: Path, *, context: int | None = None) -> FloatExecutor:
+def reference_executor(
+    path: Path, *, context: int | None = None, cache_type: str | None = None
+) -> FloatExecutor:
     """Of a packed folder its codes as floats; of any other source the weights as it holds them."""
     from elute.formats import open_checkpoint
     from elute.runtime.store import is_packed
 
     model = PackedModel.open(path) if is_packed(path) else open_checkpoint(path)
-    return FloatExecutor(model, context=context)
+    return FloatExecutor(model, context=context, cache_type=cache_type)

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.errors import BudgetError, ShapeError
+from elute.kernels.kv_cache import CacheType, rounded
 from elute.model.ops import (
     Activation,
     Add,
@@ -37,7 +38,7 @@ class ReferenceExecutor:
               of the matrices only the embedding is read
     context   positions that the cache may hold; ops.context by default
     linear    multiplies in place of x @ weights[name].T: packed arithmetic, the same forward
-    kv_dtype  float16 rounds keys and values as the native executor's cache does
+    cache_type  rounds keys and values as the native executor's cache does; None does not
 
     Raises FormatError for a missing weight, ShapeError for one that the op list does not fit.
     """
@@ -49,7 +50,7 @@ class ReferenceExecutor:
         *,
         context: int | None = None,
         linear: LinearFunction | None = None,
-        kv_dtype: npt.DTypeLike = np.float32,
+        cache_type: CacheType | None = None,
     ) -> None:
         self.ops = ops
         self.context = ops.context if context is None else context
@@ -66,7 +67,7 @@ class ReferenceExecutor:
             name: np.asarray(weights[name], dtype=np.float32) for name in read
         }
         self._linear = self._multiply if linear is None else linear
-        self._kv_dtype = np.dtype(kv_dtype)
+        self._cache_type = cache_type
         self._cached = 0  # positions in the cache
         # Per layer f32 [n_kv_heads, capacity, head_width]; capacity grows by doubling.
         empty = np.empty((ops.n_kv_heads, 0, ops.head_width), np.float32)
@@ -188,8 +189,10 @@ class ReferenceExecutor:
             )
             larger[:, :position] = cache[:, :position]
             cache = larger
-        rounded = register.astype(self._kv_dtype).reshape(-1, n_kv_heads, head_width)
-        cache[:, position:end] = rounded.transpose(1, 0, 2)
+        heads = register.reshape(-1, n_kv_heads, head_width)
+        if self._cache_type is not None:
+            heads = rounded(heads, self._cache_type)
+        cache[:, position:end] = heads.transpose(1, 0, 2)
         return cache
 
 

@@ -9,7 +9,7 @@ import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
-from elute.kernels import registry
+from elute.kernels import kv_cache, registry
 from elute.model.ops import (
     Add,
     Attention,
@@ -36,11 +36,13 @@ class Executor:
     n_threads  default_threads() when None
     isa        one of isas(); the best when None
     kernel     a registry.Kernel: what multiplies the weights; none changes a bit
+    cache_type a kv_cache.CacheType: how keys and values are rounded
     kernels    what was chosen, by bit width
 
-    Raises FormatError for a missing weight, ShapeError for one that the op list does not fit,
-    DeviceError for an instruction set that this CPU lacks, an unknown kernel or threads that cannot
-    be started, BudgetError for a cache beyond the address space.
+    Raises FormatError for a missing weight, ShapeError for one that the op list does not fit or an
+    unknown cache type, UnsupportedError for heads that the cache cannot hold, DeviceError for an
+    instruction set that this CPU lacks, an unknown kernel or threads that cannot be started,
+    BudgetError for a cache beyond the address space.
     """
 
     def __init__(
@@ -52,6 +54,7 @@ class Executor:
         n_threads: int | None = None,
         isa: str | None = None,
         kernel: str = registry.Kernel.AUTO,
+        cache_type: str = kv_cache.CacheType.F16,
     ) -> None:
         self.isa = chosen_isa(isa)
         self.n_threads = default_threads() if n_threads is None else n_threads
@@ -65,6 +68,7 @@ class Executor:
                 f"context: found {self.context}, wanted 1 to {MAX_CONTEXT} positions; use as "
                 "many as your longest prompt and its answer take"
             )
+        self.cache_type = kv_cache.cache_type(cache_type, head_width=ops.head_width)
         self.vocabulary = ops.vocabulary
         try:
             native = _native.Executor(
@@ -75,6 +79,7 @@ class Executor:
                 ops.n_layers,
                 ops.n_kv_heads,
                 ops.head_width,
+                str(self.cache_type),
             )
             builder = _Builder(native, ops, weights)
             builder.build()

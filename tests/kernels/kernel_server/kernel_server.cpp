@@ -47,6 +47,8 @@ struct Matrix {
   }
 };
 
+CacheType cache_type(Request& in) { return in.text() == "q8" ? CacheType::q8 : CacheType::f16; }
+
 void add_matmul_calls(Calls& calls) {
   calls["quantize_activations"] = [](Request& in, Reply& out) {
     const KernelTable& kernels = kernels_named(in.text());
@@ -192,7 +194,8 @@ void add_float_calls(Calls& calls) {
     const FloatKernels& kernels = floats(in);
     const auto cache = in.array<uint8_t>();
     const auto key = in.array<float>(), value = in.array<float>();
-    kernels.cache_write({cache.data(), key.shape(0)}, key.data(), value.data(), static_cast<int>(in.integer()));
+    const int position = static_cast<int>(in.integer());
+    kernels.cache_write({cache.data(), key.shape(0), cache_type(in)}, key.data(), value.data(), position);
     out.add(cache);
   };
   calls["attention"] = [](Request& in, Reply& out) {
@@ -207,7 +210,7 @@ void add_float_calls(Calls& calls) {
     const float softcap = static_cast<float>(in.number());
     const bool by_spans = in.integer() != 0;
     std::vector<float> output(query.size());
-    attend(kernels, {cache.data(), query.shape(1)},
+    attend(kernels, {cache.data(), query.shape(1), cache_type(in)},
            {query.data(), offsets, positions.data(), query.shape(0), scale, window, softcap}, by_spans, output.data());
     out.add(output.data(), query.sides());
   };
@@ -227,7 +230,8 @@ void add_executor_calls(Calls& calls) {
     int sizes[6];  // threads, context, chunk, layers, kv heads, head width
     for (int& size : sizes) size = integer(in);
     model = {};
-    model.executor = std::make_unique<Executor>(kernels, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5]);
+    model.executor = std::make_unique<Executor>(kernels, sizes[0], sizes[1], sizes[2], sizes[3], sizes[4], sizes[5],
+                                                cache_type(in));
   };
   calls["add_register"] = [=](Request& in, Reply& out) {
     out.add(int64_t{model.executor->add_register(integer(in))});
