@@ -63,8 +63,8 @@ def test_a_depth_is_filled_once_and_not_timed():
     assert executor.calls[-3:] == [(40, 4), (40, 1), (41, 1)]
 
 
-def test_the_ceilings_are_medians_of_those_before_each_run():
-    bandwidths = iter([9.0, 1.0, 2.0])
+def test_the_ceilings_are_medians_of_those_round_each_run():
+    bandwidths = iter([9.0, 1.0, 2.0, 2.0, 7.0, 0.5])
     (speed,) = bench(
         {1: FakeExecutor()},
         speed_tests(4, 0),

@@ -34,3 +34,21 @@ def test_the_build_is_a_commit_or_else_the_version(monkeypatch):
     assert machine.elute_build.__wrapped__() == "0a1b2c3d4-dirty"
     monkeypatch.setattr(machine, "_git", lambda *_: None)
     assert machine.elute_build.__wrapped__()[0].isdigit()
+
+
+@pytest.mark.parametrize(
+    ("content", "limit"), [("1048576\n", 1 << 20), ("max\n", None), ("9223372036854771712", None)]
+)
+def test_the_limit_of_the_control_group(tmp_path, content, limit):
+    file = tmp_path / "memory.max"
+    file.write_text(content)
+    assert machine.memory_limit_bytes((tmp_path / "missing", file)) == limit
+
+
+def test_memory_to_be_had_is_what_the_control_group_leaves(monkeypatch):
+    everything = machine.available_bytes()
+    assert everything > 0
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 1 << 62)
+    assert machine.available_bytes() == pytest.approx(everything, rel=0.5)
+    monkeypatch.setattr(machine, "memory_limit_bytes", lambda: 1000)
+    assert machine.available_bytes() == 0

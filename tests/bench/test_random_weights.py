@@ -1,7 +1,7 @@
 import numpy as np
-import psutil
 import pytest
 
+from elute.bench import random_weights
 from elute.bench.random_weights import RandomWeights, random_recipe
 from elute.bench.shapes import CONFIGS, shape_config
 from elute.bench.subject import random_subject
@@ -102,9 +102,6 @@ def test_outputs_that_fill_the_last_panel_are_zero():
 
 
 def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch):
-    class Memory:
-        available = 100 << 20
-
-    monkeypatch.setattr(psutil, "virtual_memory", Memory)
+    monkeypatch.setattr(random_weights, "available_bytes", lambda: 100 << 20)
     with pytest.raises(BudgetError, match=r"the weights take 3\d{3} MiB, but 100 MiB are"):
         random_subject("llama-2-7b", random_recipe(bits=4, outer_bits=8))

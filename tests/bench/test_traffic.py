@@ -40,6 +40,7 @@ def test_the_cache_of_earlier_positions_is_read_too():
     assert found.layers == (CachedLayer(position, None),) * 2
     assert found.bytes_per_token(1, 0) == found.step_bytes + 2 * position
     assert found.bytes_per_token(3, 10) == found.step_bytes + 2 * position * 12
+    assert found.cache_bytes(100) == 100 * 2 * position
     windowed = dataclasses.replace(found, layers=(CachedLayer(position, 5),))
     assert windowed.bytes_per_token(4, 3) == found.step_bytes + position * (4 + 5 + 5 + 5) / 4
 

@@ -126,6 +126,21 @@ def test_the_vocabulary_and_the_recipe_of_a_shape_can_be_chosen(run, tmp_path):
     assert found["model_type"].endswith("5-bit g16; head 8-bit g16")
 
 
+def test_a_cache_beyond_the_memory_is_refused(run, monkeypatch):
+    monkeypatch.setattr("elute.bench.random_weights.available_bytes", lambda: 16 << 20)
+    code, _, err = run("--shape", "tiny", "-d", 1 << 20, "-r", 1, "-t", 1)
+    assert code == 1
+    assert "the key-value caches take 1024 MiB, but 16 MiB are available" in err
+
+
+def test_thread_counts_double_up_to_all_cores(monkeypatch):
+    from elute.cli import options
+
+    for cores, counts in ((1, [1]), (2, [1, 2]), (6, [1, 2, 4, 6]), (8, [1, 2, 4, 8])):
+        monkeypatch.setattr("elute.runtime.threads.default_threads", lambda n=cores: n)
+        assert options.chosen_thread_counts(None) == counts
+
+
 def test_the_smallest_sizes_are_measured_and_none_is_refused(run, folder):
     assert run("model", folder, "--prompt", 1, "--generate", 0, "--repeats", 1)[0] == 0
     code, _, err = run("model", folder, "--prompt", 0, "--generate", 0)

@@ -7,7 +7,6 @@ import pytest
 from tiny_folder import save_tiny_folder
 
 from elute import cli
-from elute.cli import doctor
 from elute.kernels import registry
 
 
@@ -251,15 +250,6 @@ def test_doctor_fails_on_a_wrong_kernel(run, monkeypatch):
     code, out, _ = run("doctor")
     assert code == 1
     assert "scalar WRONG" in out
-
-
-@pytest.mark.parametrize(
-    ("content", "limit"), [("1048576\n", 1 << 20), ("max\n", None), ("9223372036854771712", None)]
-)
-def test_the_limit_of_the_control_group(tmp_path, content, limit):
-    file = tmp_path / "memory.max"
-    file.write_text(content)
-    assert doctor.memory_limit_bytes((tmp_path / "missing", file)) == limit
 
 
 def test_an_error_in_a_file_is_one_line(run, folder, tmp_path):

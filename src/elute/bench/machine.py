@@ -1,4 +1,4 @@
-"""Names of this machine and of this build, as results carry them. Names no path and no user."""
+"""This machine, and this build on it: their names as results carry them, and memory to be had."""
 
 from __future__ import annotations
 
@@ -11,6 +11,13 @@ from pathlib import Path
 GIT_TIMEOUT_S = 10
 SLUG_LENGTH = 64
 BUILT_FROM = ("src", "csrc", "CMakeLists.txt")  # a change elsewhere is not one of the program
+
+# Where a container finds its limit: cgroup v2, then v1, which says "none" with a huge number.
+CGROUP_LIMITS = (
+    Path("/sys/fs/cgroup/memory.max"),
+    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
+)
+NO_LIMIT_BYTES = 1 << 60
 
 
 @cache
@@ -32,6 +39,29 @@ def machine_slug() -> str:
     cores = psutil.cpu_count(logical=False) or 1
     words = re.findall(r"[a-z0-9]+", f"{name[:SLUG_LENGTH]} {cores} cores".lower())
     return "-".join(words)
+
+
+def memory_limit_bytes(files: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
+    """What the control group allows; None without a limit."""
+    for file in files:
+        try:
+            text = file.read_text().strip()
+        except OSError:
+            continue
+        if text.isdigit() and int(text) < NO_LIMIT_BYTES:
+            return int(text)
+    return None
+
+
+def available_bytes() -> int:
+    """Memory that this process can still take: what is free, or what its control group leaves."""
+    import psutil
+
+    available = int(psutil.virtual_memory().available)
+    limit = memory_limit_bytes()
+    if limit is None:
+        return available
+    return max(0, min(available, limit - int(psutil.Process().memory_info().rss)))
 
 
 @cache

@@ -11,6 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 
+from elute.bench.machine import available_bytes
 from elute.errors import BudgetError
 from elute.model.ops import OpList
 from elute.model.weights import weight_shapes
@@ -124,14 +125,12 @@ class RandomWeights:
 
 
 def check_memory(wanted_bytes: int, what: str) -> None:
-    """Raises BudgetError unless the machine has that much memory left."""
-    import psutil
-
-    available = psutil.virtual_memory().available
+    """Raises BudgetError unless this process can take that much."""
+    available = available_bytes()
     if wanted_bytes > available:
         raise BudgetError(
             f"bench: {what} take {wanted_bytes >> 20} MiB, but {available >> 20} MiB are "
-            "available; use a smaller shape, fewer bits, or close other programs"
+            "available; use a smaller shape, fewer bits or threads, less --depth, or close programs"
         )
 
 

@@ -51,6 +51,10 @@ class Traffic:
         )
         return self.step_bytes + cached / n_gen
 
+    def cache_bytes(self, context: int) -> int:
+        """Of `context` positions; layers that look back less far keep all the same."""
+        return context * sum(layer.position_bytes for layer in self.layers)
+
     def prompt_operations(self, n_tokens: int) -> int:
         """Multiplies and adds with weights in a prompt of which the last token wants logits."""
         return 2 * (n_tokens * self.linear_weights + self.head_weights)

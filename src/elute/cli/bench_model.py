@@ -123,6 +123,7 @@ def command(
     """
     from elute.bench import record as records
     from elute.bench.end_to_end import MeasuredCeilings, bench, context_of, speed_tests
+    from elute.bench.random_weights import check_memory
     from elute.cli.bench_report import print_table, told
     from elute.cli.screen import Screen, answer_json
     from elute.runtime.executor import Executor
@@ -137,11 +138,13 @@ def command(
         subject = _subject(model, given, screen)
         rival = chosen_rival(subject, given, screen)
         tests = speed_tests(prompt, generate, depths)
+        context = context_of(tests)
+        check_memory(len(counts) * subject.traffic.cache_bytes(context), "the key-value caches")
         executors = {
             n: Executor(
                 subject.ops,
                 subject.weights,
-                context=context_of(tests),
+                context=context,
                 n_threads=n,
                 isa=isa,
                 kernel=kernel,

@@ -11,12 +11,6 @@ import click
 
 from elute.cli import options
 
-# Where a container finds its limit: cgroup v2, then v1, which says "none" with a huge number.
-CGROUP_LIMITS = (
-    Path("/sys/fs/cgroup/memory.max"),
-    Path("/sys/fs/cgroup/memory/memory.limit_in_bytes"),
-)
-NO_LIMIT_BYTES = 1 << 60
 LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "jinja2")
 
 
@@ -41,7 +35,7 @@ def examine() -> dict[str, Any]:
     """The keys of --json. Sizes in bytes."""
     import psutil
 
-    from elute.bench.machine import cpu_name
+    from elute.bench.machine import cpu_name, memory_limit_bytes
     from elute.formats.sources import cache_dir
     from elute.runtime.threads import thread_choice
 
@@ -97,18 +91,6 @@ def _kernels() -> dict[str, Any]:
         "kernel_test": tested,
         "native_error": error_text,
     }
-
-
-def memory_limit_bytes(files: tuple[Path, ...] = CGROUP_LIMITS) -> int | None:
-    """What the control group allows; None without a limit."""
-    for file in files:
-        try:
-            text = file.read_text().strip()
-        except OSError:
-            continue
-        if text.isdigit() and int(text) < NO_LIMIT_BYTES:
-            return int(text)
-    return None
 
 
 def _version(package: str) -> str | None:

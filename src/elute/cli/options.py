@@ -42,7 +42,7 @@ thread_counts = click.option(
     "-t",
     "--threads",
     metavar="N,N",
-    help="Thread counts to compare.  [default: 1 to all physical cores]",
+    help="Thread counts to compare.  [default: 1, 2, 4 … all physical cores]",
 )
 
 
@@ -52,7 +52,8 @@ def chosen_thread_counts(threads: str | None) -> list[int]:
         return whole_numbers("--threads", threads)
     from elute.runtime.threads import default_threads
 
-    return list(range(1, default_threads() + 1))
+    most = default_threads()
+    return [1 << i for i in range(most.bit_length()) if 1 << i < most] + [most]
 
 
 def whole_numbers(option: str, text: str, *, least: int = 1, most: int | None = None) -> list[int]:
