@@ -35,7 +35,7 @@ class Spin {
  private:
   static constexpr int kSpinsAlone = 1 << 12;  // some 80 us on a Zen 3
   static constexpr int kSpinsToYield = 1 << 6;
-  static constexpr int kSpins = 1 << 17;  // some 5 ms, as sampling between two tokens may take
+  static constexpr int kSpins = 1 << 15;  // some 1 ms: longer than it takes to choose a token
   int count_ = 0;
 };
 
