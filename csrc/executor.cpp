@@ -48,11 +48,12 @@ Pages& Pages::operator=(Pages&& other) noexcept {
   return *this;
 }
 
-// Rows times panels of `w`, to y (of output 0) with ldy floats a row.
+// Rows times panels of `w`, to y (of output 0) with ldy floats a row; what is added to `sum` (null: nothing) likewise.
 struct Executor::Product {
   const MatrixView& w;
   const float* bias;
   float* y;
+  float* sum;
   int64_t ldy;
 };
 
@@ -82,6 +83,7 @@ int Executor::add_rope_table(std::vector<float> inverse_frequencies, float facto
 void Executor::add_op(Op op) { ops_.push_back(std::move(op)); }
 
 void Executor::finish(const LookupRows& lookup_rows) {
+  plan_steps();
   lookup_rows_ = lookup_rows;
   for (int width : widths_) registers_.emplace_back(int64_t{chunk_} * width * 4);
   for (RopeTable& table : rope_tables_) {
@@ -136,52 +138,17 @@ void Executor::forward(const int32_t* tokens, int n, int position, bool all_logi
   pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits}));
 }
 
-// Parts of ops that work row by row need no meeting between them: one step takes each chunk of rows through all, up to
-// the first op that needs the others' rows.
 void Executor::run(const Call& call, Walk& walk) {
-  const int n_chunks = chunks(call.n, n_threads());
-  for (auto op = ops_.begin(); op != ops_.end();) {
-    const auto first = op;
-    op = std::find_if(op, ops_.end(), [](const Op& o) { return needs_all_rows(o); });
-    if (op != ops_.end()) ++op;
+  for (const Step& step : steps_) {
+    const int n_parts = call.n == 1 ? step.n_parts : 1;
+    const int n_chunks = call.n == 1 ? n_parts : chunks(call.n, n_threads());
     walk.share(n_chunks, [&](int chunk) {
-      const Range rows = share(call.n, chunk, n_chunks);
-      for (auto o = first; o != op; ++o)
-        std::visit([&](const auto& each) { run_rows(each, call, rows, walk.thread()); }, *o);
+      const Slice slice = call.n == 1 ? Slice{{0, 1}, chunk, n_parts} : Slice{share(call.n, chunk, n_chunks), 0, 1};
+      for (int i = step.ops.begin; i < step.ops.end; ++i)
+        std::visit([&](const auto& op) { run_rows(op, call, slice, walk.thread()); }, ops_[i]);
     });
-    std::visit([&](const auto& last) { run_all(last, call, walk); }, op[-1]);
+    std::visit([&](const auto& last) { run_all(last, call, walk); }, ops_[step.ops.end - 1]);
   }
-}
-
-void Executor::run_rows(const EmbedOp& op, const Call& call, Range rows, int) {
-  const MatrixView& w = matrices_[op.matrix];
-  for (int r = rows.begin; r < rows.end; ++r) {
-    dequant_row(w, call.tokens[r], row(op.output, r));
-    if (op.scale != 1.0f) kernels_.floats->scale(row(op.output, r), op.scale, w.k);
-  }
-}
-
-void Executor::run_rows(const RmsNormOp& op, const Call&, Range rows, int) {
-  for (int r = rows.begin; r < rows.end; ++r)
-    kernels_.floats->rms_norm(row(op.input, r), op.weight.data(), row(op.output, r), op.width, op.n_runs, op.eps);
-}
-
-void Executor::run_rows(const RopeOp& op, const Call&, Range rows, int) {
-  const RopeTable& table = rope_tables_[op.table];
-  for (int r = rows.begin; r < rows.end; ++r) {
-    const int64_t at = int64_t{r} * (op.width / 2);
-    kernels_.floats->rope(row(op.reg, r), table.cos.data() + at, table.sin.data() + at, op.width, op.n_heads);
-  }
-}
-
-void Executor::run_rows(const GateOp& op, const Call&, Range rows, int) {
-  for (int r = rows.begin; r < rows.end; ++r)
-    kernels_.floats->gate(row(op.gate, r), row(op.up, r), row(op.output, r), widths_[op.output], op.activation);
-}
-
-void Executor::run_rows(const AddOp& op, const Call&, Range rows, int) {
-  for (int r = rows.begin; r < rows.end; ++r)
-    kernels_.floats->add(row(op.input, r), row(op.output, r), widths_[op.output]);
 }
 
 ActivationsView Executor::activations(int k, bool tables) const {
@@ -192,20 +159,6 @@ ActivationsView Executor::activations(int k, bool tables) const {
           tables ? tables_.as<uint8_t>() : nullptr,
           tables ? lows_.as<int32_t>() : nullptr,
           (k + kActBlock - 1) / kActBlock};
-}
-
-void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows,
-                             bool tables, int thread) {
-  const ActivationsView all = activations(k, tables);
-  for (int r = std::max(rows.begin, first_row); r < rows.end; ++r) {
-    const float* x = row(input, r);
-    if (!columns.empty()) {
-      float* gathered = gathered_[thread].as<float>();
-      for (int i = 0; i < k; ++i) gathered[i] = x[columns[i]];
-      x = gathered;
-    }
-    kernels_.matmul->quantize(x, k, all.from_row(r - first_row));
-  }
 }
 
 void Executor::multiply(const Product& product, int n_rows, int thread) {
@@ -240,7 +193,8 @@ void Executor::multiply_all(int n_products, const Products& product, int n_rows,
       const MatrixView w = part_of(whole.w, panels);
       const int at = panels.begin * kPanel;
       const float* bias = whole.bias ? whole.bias + at : nullptr;
-      body(Product{w, bias, whole.y + at, whole.ldy}, Product{w, bias, result, w.n});
+      body(Product{w, bias, whole.y + at, whole.sum ? whole.sum + at : nullptr, whole.ldy},
+           Product{w, bias, result, nullptr, w.n});
       result += int64_t{n_rows} * w.n;
     }
   };
@@ -251,40 +205,29 @@ void Executor::multiply_all(int n_products, const Products& product, int n_rows,
       for (int r = 0; softcap > 0 && r < n_rows; ++r) kernels_.floats->softcap(to.y + r * to.ldy, softcap, to.w.n);
     });
   };
-  if (walk.alone()) return compute(0);
   walk.share(n_chunks, compute, [&](int chunk) {
     for_each(chunk, [&](const Product& final, const Product& own) {
-      for (int r = 0; r < n_rows; ++r)
-        std::memcpy(final.y + r * final.ldy, own.y + r * own.ldy, own.w.n * sizeof(float));
+      for (int r = 0; r < n_rows; ++r) {
+        float* const y = final.y + r * final.ldy;
+        if (!walk.alone()) std::memcpy(y, own.y + r * own.ldy, own.w.n * sizeof(float));
+        if (final.sum) kernels_.floats->add(y, final.sum + r * final.ldy, own.w.n);
+      }
     });
   });
-}
-
-void Executor::run_rows(const LinearOp& op, const Call& call, Range rows, int thread) {
-  bool tables = false;
-  for (int m : op.matrices) tables |= looks_up(matrices_[m], call.n);
-  quantize_rows(op.input, op.columns, matrices_[op.matrices[0]].k, 0, rows, tables, thread);
 }
 
 void Executor::run_all(const LinearOp& op, const Call& call, Walk& walk) {
   const auto product = [&](int i) {
     return Product{matrices_[op.matrices[i]], op.biases[i].empty() ? nullptr : op.biases[i].data(),
-                   row(op.outputs[i], 0), widths_[op.outputs[i]]};
+                   row(op.outputs[i], 0), op.added_to < 0 ? nullptr : row(op.added_to, 0), widths_[op.outputs[i]]};
   };
   multiply_all(static_cast<int>(op.matrices.size()), product, call.n, 0, walk);
-}
-
-void Executor::run_rows(const HeadOp& op, const Call& call, Range rows, int thread) {
-  if (!call.logits) return;
-  const MatrixView& w = matrices_[op.matrix];
-  const int first_row = call.first_logits_row();
-  quantize_rows(op.input, op.columns, w.k, first_row, rows, looks_up(w, call.n - first_row), thread);
 }
 
 void Executor::run_all(const HeadOp& op, const Call& call, Walk& walk) {
   if (!call.logits) return;
   const MatrixView& w = matrices_[op.matrix];
-  const auto product = [&](int) { return Product{w, nullptr, call.logits, w.n}; };
+  const auto product = [&](int) { return Product{w, nullptr, call.logits, nullptr, w.n}; };
   multiply_all(1, product, call.n - call.first_logits_row(), op.softcap, walk);
 }
 

@@ -44,6 +44,7 @@ struct LinearOp {
   std::vector<int> matrices, outputs;
   std::vector<std::vector<float>> biases;  // an empty one: none
   std::vector<int32_t> columns;            // empty: as they are
+  int added_to = -1;                       // finish() moves an AddOp of the only output here
 };
 struct RopeOp {
   int reg, width, n_heads, table;
@@ -113,17 +114,35 @@ class Executor {
     std::vector<float> cos, sin;  // [chunk][width / 2] of the current call
   };
 
+  // Ops up to the first that needs all rows: a chunk of rows goes through their row-wise parts at once, then the last
+  // op's own part follows. A row alone is cut into n_parts by channels.
+  struct Step {
+    Range ops;
+    int n_parts;
+  };
+  // Whole rows, or a part of the channels of one.
+  struct Slice {
+    Range rows;
+    int part, n_parts;
+    Range of(int n) const { return share(n, part, n_parts); }
+    Range channels(int width) const;  // whole blocks of activations
+  };
+  struct Touch;
+
   void run(const Call&, Walk&);
 
-  // Those rows of an op that need no other rows; thread: whose scratch is free.
-  void run_rows(const EmbedOp&, const Call&, Range rows, int thread);
-  void run_rows(const RmsNormOp&, const Call&, Range rows, int thread);
-  void run_rows(const LinearOp&, const Call&, Range rows, int thread);
-  void run_rows(const RopeOp&, const Call&, Range rows, int thread);
-  void run_rows(const AttentionOp&, const Call&, Range rows, int thread);
-  void run_rows(const GateOp&, const Call&, Range rows, int thread);
-  void run_rows(const AddOp&, const Call&, Range rows, int thread);
-  void run_rows(const HeadOp&, const Call&, Range rows, int thread);
+  // executor_rows.cpp; thread: whose scratch is free.
+  void plan_steps();
+  static std::vector<Touch> touches(const Op&);
+  int parts_of(Range ops) const;
+  void run_rows(const EmbedOp&, const Call&, const Slice&, int thread);
+  void run_rows(const RmsNormOp&, const Call&, const Slice&, int thread);
+  void run_rows(const LinearOp&, const Call&, const Slice&, int thread);
+  void run_rows(const RopeOp&, const Call&, const Slice&, int thread);
+  void run_rows(const AttentionOp&, const Call&, const Slice&, int thread);
+  void run_rows(const GateOp&, const Call&, const Slice&, int thread);
+  void run_rows(const AddOp&, const Call&, const Slice&, int thread);
+  void run_rows(const HeadOp&, const Call&, const Slice&, int thread);
 
   // What an op does when that is done for all rows.
   static bool needs_all_rows(const Op& op) {
@@ -146,7 +165,7 @@ class Executor {
   void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
   void attend_spans(const AttentionOp&, const Call&, Walk&);
   ActivationsView activations(int k, bool tables) const;  // of the op that runs
-  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, Range rows, bool tables,
+  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, const Slice&, bool tables,
                      int thread);
   bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
   void multiply(const Product&, int n_rows, int thread);
@@ -162,6 +181,7 @@ class Executor {
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
+  std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   ThreadPool pool_;  // last: its threads use the others until it is gone

@@ -56,9 +56,10 @@ CacheView Executor::cache(int layer, int kv_head) const {
   return {cache_.as<uint8_t>() + (int64_t{layer} * n_kv_heads_ + kv_head) * n_bytes, head_width_, cache_type_};
 }
 
-void Executor::run_rows(const AttentionOp& op, const Call& call, Range rows, int) {
-  for (int r = rows.begin; r < rows.end; ++r)
-    for (int h = 0; h < op.n_kv_heads; ++h)
+void Executor::run_rows(const AttentionOp& op, const Call& call, const Slice& slice, int) {
+  const Range heads = slice.of(op.n_kv_heads);
+  for (int r = slice.rows.begin; r < slice.rows.end; ++r)
+    for (int h = heads.begin; h < heads.end; ++h)
       kernels_.floats->cache_write(cache(op.layer, h), row(op.key, r) + h * op.width, row(op.value, r) + h * op.width,
                                    call.position + r);
 }

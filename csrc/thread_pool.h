@@ -29,8 +29,8 @@ inline int chunks(int n_items, int n_threads) { return n_threads == 1 ? 1 : std:
 
 class ThreadPool;
 
-// One thread's way through the steps of a run. All threads make the same calls in the same order with the same n_chunks,
-// which may depend on the job alone.
+// One thread's way through the steps of a run. All threads make the same calls in the same order, with an n_chunks that
+// depends on the job alone.
 class Walk {
  public:
   int thread() const { return thread_; }

@@ -75,7 +75,11 @@ class BoundFloatKernels {
   nb::object rms_norm(const ArrayIn<float, 2>& x, const ArrayIn<float, 1>& w, float eps) const {
     want_shape("rms_norm: w", w, {x.shape(1)});
     auto y = std::make_unique<float[]>(x.size());
-    kernels_->rms_norm(x.data(), w.data(), y.get(), static_cast<int>(x.shape(1)), static_cast<int>(x.shape(0)), eps);
+    const int64_t width = x.shape(1);
+    for (size_t r = 0; r < x.shape(0); ++r) {
+      const float* row = x.data() + r * width;
+      kernels_->rms_scale(row, w.data(), kernels_->rms_factor(row, width, eps), y.get() + r * width, width);
+    }
     return owned_array(std::move(y), {x.shape(0), x.shape(1)});
   }
 

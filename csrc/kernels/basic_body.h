@@ -10,34 +10,37 @@ namespace {
 // 8 sums hide the latency of fma (4 cycles, 2 a cycle) and, on one lane, keep the rounding error small.
 constexpr int kNormSums = 8;
 
-// Relative error of y below (width / (8 * kLanes) + 8) * 2^-24.
+// Relative error of the factor below (width / (8 * kLanes) + 6) * 2^-24.
 template <class S>
-void rms_norm(const float* x, const float* w, float* y, int width, int n_runs, float eps) {
+float rms_factor(const float* x, int width, float eps) {
   using Float = typename S::Float;
-  for (int run = 0; run < n_runs; ++run, x += width, y += width) {
-    Float sums[kNormSums];
-    for (int v = 0; v < kNormSums; ++v) sums[v] = S::zero();
-    int i = 0;
-    for (; i + kNormSums * S::kLanes <= width; i += kNormSums * S::kLanes) {
+  Float sums[kNormSums];
+  for (int v = 0; v < kNormSums; ++v) sums[v] = S::zero();
+  int i = 0;
+  for (; i + kNormSums * S::kLanes <= width; i += kNormSums * S::kLanes) {
 #pragma GCC unroll 8
-      for (int v = 0; v < kNormSums; ++v) {
-        const Float a = S::load(x + i + v * S::kLanes);
-        sums[v] = S::fma(a, a, sums[v]);
-      }
+    for (int v = 0; v < kNormSums; ++v) {
+      const Float a = S::load(x + i + v * S::kLanes);
+      sums[v] = S::fma(a, a, sums[v]);
     }
-    for_vectors<S>(width - i, [&](int64_t j, auto memory) {
-      const Float a = memory.load(x + i + j);
-      Float& sum = sums[j / S::kLanes];
-      sum = S::fma(a, a, sum);
-    });
-    for (int half = kNormSums / 2; half > 0; half /= 2)
-      for (int v = 0; v < half; ++v) sums[v] = S::add(sums[v], sums[v + half]);
-    const float mean = S::sum(sums[0]) / static_cast<float>(width);
-    const Float factor = S::set1(1.0f / __builtin_sqrtf(mean + eps));
-    for_vectors<S>(width, [=](int64_t j, auto memory) {
-      memory.store(y + j, S::mul(S::mul(memory.load(x + j), factor), memory.load(w + j)));
-    });
   }
+  for_vectors<S>(width - i, [&](int64_t j, auto memory) {
+    const Float a = memory.load(x + i + j);
+    Float& sum = sums[j / S::kLanes];
+    sum = S::fma(a, a, sum);
+  });
+  for (int half = kNormSums / 2; half > 0; half /= 2)
+    for (int v = 0; v < half; ++v) sums[v] = S::add(sums[v], sums[v + half]);
+  const float mean = S::sum(sums[0]) / static_cast<float>(width);
+  return 1.0f / __builtin_sqrtf(mean + eps);
+}
+
+template <class S>
+void rms_scale(const float* x, const float* w, float factor, float* y, int64_t n) {
+  const auto by = S::set1(factor);
+  for_vectors<S>(n, [=](int64_t i, auto memory) {
+    memory.store(y + i, S::mul(S::mul(memory.load(x + i), by), memory.load(w + i)));
+  });
 }
 
 // Two products and a sum, each rounded: the same bits on every instruction set.

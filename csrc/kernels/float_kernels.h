@@ -14,8 +14,10 @@ enum class Activation : int { silu = 0, gelu_tanh = 1, relu2 = 2 };
 constexpr int kPeakBlock = 128;  // logits that share a peak and a sum: 150k of them have 1.2k, which are quick to select from
 
 struct FloatKernels {
-  // y = x / sqrt(mean(x^2) + eps) * w for each run of `width` values; n_runs runs share w. x may equal y.
-  void (*rms_norm)(const float* x, const float* w, float* y, int width, int n_runs, float eps);
+  // A norm in two parts, so that threads can share a row: 1 / sqrt(mean(x^2) + eps) over all of x, then y = x * factor *
+  // w for n values of it. y may equal x.
+  float (*rms_factor)(const float* x, int width, float eps);
+  void (*rms_scale)(const float* x, const float* w, float factor, float* y, int64_t n);
   // In place on n_heads heads of `width`: channel i turns with i + width/2. cos, sin: [width/2].
   void (*rope)(float* x, const float* cos, const float* sin, int width, int n_heads);
   // y = activation(gate) * up, n values. y may equal gate or up.

@@ -55,12 +55,12 @@ struct ActivationsView {
   int32_t* lows;    // [n_rows][n_blocks * kActBlock / kSumRun]  of the smallest subset sums; null with tables
   int n_blocks;
 
-  ELUTE_INLINE ActivationsView from_row(int row) const {
-    const int64_t r = row;
-    const int64_t runs = int64_t{n_blocks} * (kActBlock / kSumRun);
-    return {q + r * n_blocks * kActBlock, scales + r * n_blocks, sums + r * runs, pairs + r * n_blocks,
-            tables ? tables + r * n_blocks * kBlockQuads * kTableBytes : nullptr, lows ? lows + r * runs : nullptr,
-            n_blocks};
+  ELUTE_INLINE ActivationsView from_row(int row) const { return from_block(int64_t{row} * n_blocks); }
+  // Rows begin n_blocks apart all the same.
+  ELUTE_INLINE ActivationsView from_block(int64_t block) const {
+    const int64_t runs = block * (kActBlock / kSumRun);
+    return {q + block * kActBlock, scales + block, sums + runs, pairs + block,
+            tables ? tables + block * kBlockQuads * kTableBytes : nullptr, lows ? lows + runs : nullptr, n_blocks};
   }
 };
 

@@ -179,6 +179,32 @@ def test_the_kernel_does_not_change_a_bit(isa: str, made: Callable[..., Made]) -
             at += n
 
 
+@pytest.mark.parametrize(
+    ("family", "columns"),
+    [("llama", False), ("llama", True), ("qwen3", False), ("gemma3_text", False)],
+)
+def test_rows_that_threads_share_by_channels_are_the_same(
+    family: str, columns: bool, made: Callable[..., Made]
+) -> None:
+    """Wide enough for three parts; widths end within a block of 64 channels."""
+    ops, source, _ = made(
+        family,
+        columns=columns,
+        hidden_size=800,
+        num_attention_heads=10,
+        num_key_value_heads=5,
+        head_dim=80,
+        intermediate_size=1120,
+    )
+    tokens = some_tokens(8, ops.vocabulary)
+    whole = Executor(ops, source, n_threads=1).forward(tokens, 0, all_logits=True)
+    for n_threads in (1, 2, 3, 5):
+        executor = Executor(ops, source, n_threads=n_threads)
+        for at in range(tokens.size):
+            got = executor.forward(tokens[at : at + 1], at)
+            assert np.array_equal(got, whole[at : at + 1]), (n_threads, at)
+
+
 def test_the_last_logits_are_the_same_alone(made: Callable[..., Made]) -> None:
     ops, source, _ = made("qwen3")
     tokens = some_tokens(30, ops.vocabulary)

@@ -115,7 +115,12 @@ void add_float_calls(Calls& calls) {
     const FloatKernels& kernels = floats(in);
     const auto x = in.array<float>(), w = in.array<float>();
     std::vector<float> y(x.size());
-    kernels.rms_norm(x.data(), w.data(), y.data(), x.shape(1), x.shape(0), static_cast<float>(in.number()));
+    const auto eps = static_cast<float>(in.number());
+    const int width = x.shape(1);
+    for (int r = 0; r < x.shape(0); ++r) {
+      const float* row = x.data() + int64_t{r} * width;
+      kernels.rms_scale(row, w.data(), kernels.rms_factor(row, width, eps), y.data() + int64_t{r} * width, width);
+    }
     out.add(y.data(), x.sides());
   };
   calls["rope"] = [](Request& in, Reply& out) {
