@@ -34,6 +34,7 @@ struct Activations {
   AlignedArray<int32_t> sums, lows;
   AlignedArray<PairSums> pairs;
   AlignedArray<uint8_t> tables;
+  AlignedArray<ActTile> tiles;
   ActivationsView view;
 
   Activations(const KernelTable& kernels, const float* x, int n_rows, int k, bool with_tables)
@@ -47,7 +48,9 @@ struct Activations {
       lows = aligned<int32_t>(rows * width / kSumRun);
       tables = aligned<uint8_t>(rows * width / kLutWidth * kTableBytes);
     }
-    view = {q.get(), scales.get(), sums.get(), pairs.get(), tables.get(), lows.get(), blocks};
+    if (kernels.matmul->wants_tiles) tiles = aligned<ActTile>(int64_t{(rows + kTileRows - 1) / kTileRows} * blocks);
+    view = {q.get(),   scales.get(), sums.get(), pairs.get(), tables.get(),
+            lows.get(), blocks,       tiles.get()};
     for (int r = 0; r < rows; ++r) kernels.matmul->quantize(x + int64_t{r} * k, k, view.from_row(r));
   }
 };

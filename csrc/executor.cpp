@@ -101,6 +101,8 @@ void Executor::finish(const LookupRows& lookup_rows) {
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
   pairs_ = Pages(chunk_ * padded / kActBlock * int64_t{sizeof(PairSums)});
+  if (kernels_.matmul->wants_tiles)
+    tiles_ = Pages((chunk_ + kTileRows - 1) / kTileRows * padded / kActBlock * int64_t{sizeof(ActTile)});
   tables_ = Pages(looked_up * padded / kLutWidth * kTableBytes);
   lows_ = Pages(looked_up * padded / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
@@ -151,20 +153,21 @@ void Executor::run(const Call& call, Walk& walk) {
   }
 }
 
-ActivationsView Executor::activations(int k, bool tables) const {
+ActivationsView Executor::activations(int k, int n_rows, bool tables) const {
   return {q_.as<int8_t>(),
           act_scales_.as<float>(),
           sums_.as<int32_t>(),
           pairs_.as<PairSums>(),
           tables ? tables_.as<uint8_t>() : nullptr,
           tables ? lows_.as<int32_t>() : nullptr,
-          (k + kActBlock - 1) / kActBlock};
+          (k + kActBlock - 1) / kActBlock,
+          kernels_.matmul->wants_tiles && n_rows >= kTileRows ? tiles_.as<ActTile>() : nullptr};
 }
 
 void Executor::multiply(const Product& product, int n_rows, int thread) {
   const MatrixView& w = product.w;
   const bool lookup = looks_up(w, n_rows);
-  const ActivationsView x = activations(w.k, lookup);
+  const ActivationsView x = activations(w.k, n_rows, lookup);
   const Range panels{0, w.n_panels()};
   if (lookup) matmul_by_lookup(*kernels_.matmul, w, x, n_rows, panels, product.bias, product.y, product.ldy);
   else

@@ -164,8 +164,8 @@ class Executor {
   CacheView cache(int layer, int kv_head) const;
   void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
   void attend_spans(const AttentionOp&, const Call&, Walk&);
-  ActivationsView activations(int k, bool tables) const;  // of the op that runs
-  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, int first_row, const Slice&, bool tables,
+  ActivationsView activations(int k, int n_rows, bool tables) const;  // of the op that runs
+  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, Range rows, const Slice&, bool tables,
                      int thread);
   bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
   void multiply(const Product&, int n_rows, int thread);
@@ -182,7 +182,7 @@ class Executor {
   std::vector<RopeTable> rope_tables_;
   std::vector<Op> ops_;
   std::vector<Step> steps_;
-  Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tables_, lows_;
+  Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   ThreadPool pool_;  // last: its threads use the others until it is gone
 };

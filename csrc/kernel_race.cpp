@@ -57,6 +57,7 @@ class Track {
     at_ += n_bytes;
     ActivationsView view = activations_->view;
     if (!lookup) view.tables = nullptr, view.lows = nullptr;
+    if (lookup || n_rows < kTileRows) view.tiles = nullptr;
     const Range panels{0, w_.n_panels()};
     const Clock::time_point started = Clock::now();
     for (int r = 0; r < n_rows; ++r) kernels_.quantize(x_.get() + int64_t{r} * kColumns, kColumns, view.from_row(r));

@@ -107,10 +107,10 @@ ELUTE_INLINE void add_quad(typename D::Partial (&partial)[Rows][kVectors], const
   }
 }
 
-// dot[r][v] = (codes - centre) * q over `quads` quads; word(r): their PairSums word in row r.
+// dot[r][v] = (codes - centre) * q over `quads` quads, quad_stride bytes apart in q; word(r): their PairSums word in row r.
 template <class D, int Rows, typename Words>
-ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t q_stride, int quads, const Words& word,
-                                 int centre, Ints (&dot)[Rows][kVectors]) {
+ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t q_stride, int64_t quad_stride, int quads,
+                                 const Words& word, int centre, Ints (&dot)[Rows][kVectors]) {
   for (int done = 0; done < quads;) {
     const int run = smaller(quads - done, D::kRun);
     typename D::Partial partial[Rows][kVectors];
@@ -122,7 +122,7 @@ ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t 
     }
     const uint8_t* end = codes + run * (kPanel * kLutWidth);
 #pragma GCC unroll 1
-    for (; codes != end; codes += kPanel * kLutWidth, q += kLutWidth) add_quad<D>(partial, codes, q, q_stride);
+    for (; codes != end; codes += kPanel * kLutWidth, q += quad_stride) add_quad<D>(partial, codes, q, q_stride);
 #pragma GCC unroll 16
     for (int r = 0; r < Rows; ++r)
 #pragma GCC unroll 8
@@ -132,25 +132,38 @@ ELUTE_INLINE void multiply_quads(const uint8_t* codes, const int8_t* q, int64_t 
   }
 }
 
-// Adds a finished group of Rows rows to their sums, in the order that reference.py fixes.
-template <int Rows>
-ELUTE_INLINE void add_groups(Affine affine, const float* scale, const float* offset, const Floats (&group)[Rows][kVectors],
-                             const float* x_sums, float* sums) {
-#pragma GCC unroll 16
-  for (int r = 0; r < Rows; ++r) {
-#pragma GCC unroll 8
-    for (int v = 0; v < kVectors; ++v) {
-      float* y = sums + r * kPanel + v * kLanes;
-      if (affine == Affine::symmetric) {
-        store_floats(y, add(load_floats(y), mul(load_floats(scale + v * kLanes), group[r][v])));
-      } else {
-        const Floats shift = mul(load_floats(offset + v * kLanes), set_floats(x_sums[r]));
-        const Floats factor = load_floats(scale + v * kLanes);
-        store_floats(y, affine == Affine::zero ? add(load_floats(y), mul(factor, sub(group[r][v], shift)))
-                                               : add(add(load_floats(y), mul(factor, group[r][v])), shift));
-      }
-    }
+// Adds a vector of a finished group to its sums, in the order that reference.py fixes.
+template <Affine Kind>
+ELUTE_INLINE void add_group_vector(float* sums, Floats scale, const float* offset, float x_sum, Floats group) {
+  if constexpr (Kind == Affine::symmetric) {
+    store_floats(sums, add(load_floats(sums), mul(scale, group)));
+  } else {
+    const Floats shift = mul(load_floats(offset), set_floats(x_sum));
+    store_floats(sums, Kind == Affine::zero ? add(load_floats(sums), mul(scale, sub(group, shift)))
+                                            : add(add(load_floats(sums), mul(scale, group)), shift));
   }
+}
+
+// The same for all of Rows rows.
+template <Affine Kind, int Rows>
+ELUTE_INLINE void add_groups(const float* scale, const float* offset, const Floats (&group)[Rows][kVectors],
+                             const float* x_sums, float* sums) {
+  Floats factors[kVectors];  // loaded before the stores, which could be to the same place for all that the compiler knows
+#pragma GCC unroll 8
+  for (int v = 0; v < kVectors; ++v) factors[v] = load_floats(scale + v * kLanes);
+#pragma GCC unroll 16
+  for (int r = 0; r < Rows; ++r)
+#pragma GCC unroll 8
+    for (int v = 0; v < kVectors; ++v)
+      add_group_vector<Kind>(sums + r * kPanel + v * kLanes, factors[v], offset + v * kLanes, x_sums[r], group[r][v]);
+}
+
+// f.template operator()<Kind>() for the kind of a matrix, so that the compiler takes the choice out of the loops.
+template <typename F>
+ELUTE_INLINE void with_affine(Affine affine, F&& f) {
+  if (affine == Affine::symmetric) f.template operator()<Affine::symmetric>();
+  else if (affine == Affine::zero) f.template operator()<Affine::zero>();
+  else f.template operator()<Affine::min>();
 }
 
 // Rows from `row` times the columns from `block` whose codes and scales are in the scratch.
@@ -178,7 +191,7 @@ template <class D, int Rows, int SegmentQuads, bool Whole>
     const int of_block = SegmentQuads == kBlockQuads ? 0 : quad % kBlockQuads;
     const auto word = [&](int r) { return pairs[r * n_blocks].of(of_block, quads); };
     Ints dot[Rows][kVectors];
-    multiply_quads<D, Rows>(codes, q, q_stride, quads, word, centre, dot);
+    multiply_quads<D, Rows>(codes, q, q_stride, kLutWidth, quads, word, centre, dot);
     if (rest != 0) {
 #pragma GCC unroll 16
       for (int r = 0; r < Rows; ++r)
@@ -212,10 +225,9 @@ template <class D, int Rows, int SegmentQuads, bool Whole>
         for (int v = 0; v < kVectors; ++v) store_floats(group + r * kPanel + v * kLanes, part[r][v]);
       of_group += quads;
     } else {
-      // Each kind by itself, so that the compiler takes the choice out of the loops.
-      if (affine == Affine::symmetric) add_groups(Affine::symmetric, scale, offset, part, x_sums, sums);
-      else if (affine == Affine::zero) add_groups(Affine::zero, scale, offset, part, x_sums, sums);
-      else add_groups(Affine::min, scale, offset, part, x_sums, sums);
+      with_affine(affine, [&]<Affine Kind>() __attribute__((always_inline)) {
+        add_groups<Kind>(scale, offset, part, x_sums, sums);
+      });
       of_group = 0;
       scale += kPanel;
       offset += kPanel;
@@ -228,6 +240,12 @@ template <class D, int Rows, int SegmentQuads, bool Whole>
     }
   }
 }
+
+}  // namespace
+}  // namespace elute
+#include "kernels/gemm_overlapped.h"
+namespace elute {
+namespace {
 
 template <class D, int Rows>
 ELUTE_INLINE void gemm_all_rows(const Gemm& g, int row, int block, int n_quads) {
@@ -248,7 +266,10 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
   const Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
   const GemmScratch& scratch = g.scratch;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    for (int64_t i = 0; i < int64_t{n_rows} * kPanel; i += kLanes) store_floats(scratch.sums + i, zero_floats());
+    for (int64_t i = 0; i < int64_t{n_rows} * kPanel; i += kLanes) {
+      store_floats(scratch.sums + i, zero_floats());
+      store_floats(scratch.group + i, zero_floats());
+    }
     for (int block = 0; block < x.n_blocks; block += kGemmColumns / kActBlock) {
       const int n_quads = smaller(kGemmColumns, w.k - block * kActBlock) / kLutWidth;
       dequant_quads<Bits>(w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits),
@@ -259,7 +280,9 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
       const int64_t scales_at = (int64_t{panel} * w.n_groups() + first_group) * kPanel;
       widen_scales(w.scales + scales_at, n_groups, scratch.scales);
       if (w.offsets) widen_scales(w.offsets + scales_at, n_groups, scratch.offsets);
-      gemm_all_rows<Dot<Bits>, kGemmRows>(g, 0, block, n_quads);
+      int row = 0;
+      if constexpr (requires { &Dot<Bits>::starts; }) row = gemm_overlapped_rows<Dot<Bits>>(g, block, n_quads);
+      gemm_all_rows<Dot<Bits>, kGemmRows>(g, row, block, n_quads);
     }
     for (int r = 0; r < n_rows; ++r) {
       Floats sums[kVectors];

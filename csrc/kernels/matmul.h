@@ -45,6 +45,17 @@ struct PairSums {
 };
 ELUTE_INLINE int32_t both_pairs(uint32_t word) { return static_cast<int16_t>(word) + (static_cast<int32_t>(word) >> 16); }
 
+// One block of kTileRows rows, in the order in which lut_gemm's overlapped tiles read it: one stream instead of one a row.
+constexpr int kTileRows = 6;
+struct alignas(64) ActTile {
+  int8_t q[kBlockQuads][kTileRows][kLutWidth];
+  float scales[8];                 // of the rows; 2 are unused
+  uint32_t whole[8], halves[2][8]; // PairSums words of the rows
+
+  // Of `quads` quads from quad `first`: the whole block or one of its halves.
+  ELUTE_INLINE const uint32_t* words(int first, int quads) const { return quads > 8 ? whole : halves[first / 8]; }
+};
+
 // Rows of activations after quantize. K is padded with zeros to whole blocks.
 struct ActivationsView {
   int8_t* q;        // [n_rows][n_blocks * kActBlock]
@@ -54,13 +65,21 @@ struct ActivationsView {
   uint8_t* tables;  // [n_rows][n_blocks * kBlockQuads][kTableBytes], 64-byte aligned; null: not wanted
   int32_t* lows;    // [n_rows][n_blocks * kActBlock / kSumRun]  of the smallest subset sums; null with tables
   int n_blocks;
+  ActTile* tiles = nullptr;  // [n_rows / kTileRows, rounded up][n_blocks]; null: not wanted
+  int row = 0;               // which row of its tile's the view's first one is, counted from the first tile
 
-  ELUTE_INLINE ActivationsView from_row(int row) const { return from_block(int64_t{row} * n_blocks); }
+  ELUTE_INLINE ActivationsView from_row(int n) const {
+    ActivationsView view = from_block(int64_t{n} * n_blocks);
+    view.tiles = tiles;
+    view.row = row + n;
+    return view;
+  }
   // Rows begin n_blocks apart all the same.
   ELUTE_INLINE ActivationsView from_block(int64_t block) const {
     const int64_t runs = block * (kActBlock / kSumRun);
     return {q + block * kActBlock, scales + block, sums + runs, pairs + block,
-            tables ? tables + block * kBlockQuads * kTableBytes : nullptr, lows ? lows + runs : nullptr, n_blocks};
+            tables ? tables + block * kBlockQuads * kTableBytes : nullptr, lows ? lows + runs : nullptr, n_blocks,
+            tiles ? tiles + block : nullptr, row};
   }
 };
 
@@ -76,7 +95,7 @@ constexpr int64_t gemm_scratch_bytes(int n_rows) {
 constexpr int64_t panel_codes_bytes(int k) { return int64_t{(k + kActBlock - 1) / kActBlock} * kActBlock * kPanel; }
 
 struct MatmulKernels {
-  // One row x f32 [k] into row 0 of `out`; tables too when out.tables is set.
+  // One row x f32 [k] into row 0 of `out`; tables and tiles too when out.tables, out.tiles are set.
   void (*quantize)(const float* x, int k, const ActivationsView& out);
   // y[0, n) of one row for panels [panel_begin, panel_end); y and bias (null: none) point at output 0 of the matrix.
   void (*lut_matmul)(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
@@ -90,6 +109,8 @@ struct MatmulKernels {
   // instructions for that cost more than they save.
   void (*lut_multiply)(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
                        const float* bias, float* y, int64_t ldy) = nullptr;
+  // lut_gemm is faster with x.tiles.
+  bool wants_tiles = false;
 };
 
 // One output row as f32 [k] (an embedding): scalar, the same bits as lut_dequant plus the affine map.
