@@ -70,6 +70,13 @@ def test_score_is_near_the_float_reference_of_the_packed_codes(model):
     assert np.array(score.logprobs[1:], float) == pytest.approx(want, abs=0.5)
 
 
+def test_a_cache_folder_also_keeps_what_was_measured(folder, tmp_path, kernels_file):
+    kernels_file.unlink(missing_ok=True)
+    elute.load(folder, cache_dir=tmp_path).close()
+    assert json.loads((tmp_path / "kernels.json").read_text())["machines"]
+    assert not kernels_file.exists()
+
+
 def test_a_context_beyond_the_training_is_announced(folder, cache, caplog):
     assert elute.load(folder, cache_dir=cache, context=128).context == 128
     assert not caplog.records

@@ -323,6 +323,8 @@ def load(
     kernel    how weights are multiplied: "lookup", "multiply", or "auto", the faster one by a
               measurement that the first start on a machine takes; answers are the same
     cache_type  what keys and values are kept in: "f16", or "q8", half the memory with 8-bit codes
+    cache_dir what is fetched, packed and measured is kept there; $ELUTE_HOME or ~/.cache/elute when
+              None. Hub repositories stay in the hub's own cache
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
@@ -356,6 +358,7 @@ def load(
         isa=isa,
         kernel=kernel,
         cache_type=cache_type,
+        cache_dir=cache_dir,
     )
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
     return Model(

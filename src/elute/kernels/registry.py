@@ -83,8 +83,12 @@ class Choice:
         return f"measured: lookup's time over multiply's is {', '.join(told)}"
 
 
-def choose(isa: str, widths: Iterable[int], kernel: str = Kernel.AUTO) -> dict[int, Choice]:
+def choose(
+    isa: str, widths: Iterable[int], kernel: str = Kernel.AUTO, *, folder: Path | None = None
+) -> dict[int, Choice]:
     """The choice for each bit width; widths that this machine has not measured yet race now.
+
+    folder  of the cache file; cache_dir() when None
 
     Raises DeviceError for a kernel that is no Kernel.
     """
@@ -96,7 +100,7 @@ def choose(isa: str, widths: Iterable[int], kernel: str = Kernel.AUTO) -> dict[i
         return {bits: Choice(bits, rows, forced=True) for bits in wanted}
     if isa == "avx512" and _native.emulates_avx512:
         return {bits: Choice(bits, UNMEASURED_ROWS[bits]) for bits in wanted}
-    measured = _measured(isa, wanted)
+    measured = _measured(isa, wanted, cache_file(folder))
     return {bits: Choice(bits, winning_rows(measured[bits]), measured[bits]) for bits in wanted}
 
 
@@ -119,10 +123,10 @@ def winning_rows(ratios: Sequence[float]) -> int:
     return RACE_ROWS[won - 1] if won else 0
 
 
-def cache_file() -> Path | None:
-    """Where races are kept; None without a home folder."""
+def cache_file(folder: Path | None = None) -> Path | None:
+    """Where races are kept: in `folder` or cache_dir(); None without a home folder."""
     try:
-        return cache_dir() / "kernels.json"
+        return (folder or cache_dir()) / "kernels.json"
     except RuntimeError:  # of Path.home()
         return None
 
@@ -154,9 +158,8 @@ class _Machine:
 Ratios = dict[int, tuple[float, ...]]  # bits -> lookup's time / multiply's at RACE_ROWS
 
 
-def _measured(isa: str, widths: Collection[int]) -> Ratios:
+def _measured(isa: str, widths: Collection[int], file: Path | None) -> Ratios:
     """Of each width: from the cache file, else by a race that goes there."""
-    file = cache_file()
     machine = _Machine(cpu_model(), isa, _build(), LAYOUT)
     races = {} if file is None else _read(file)
     known = races.get(machine, {})

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 
@@ -38,6 +39,8 @@ class Executor:
     kernel     a registry.Kernel: what multiplies the weights; none changes a bit
     cache_type a kv_cache.CacheType: how keys and values are rounded
     kernels    what was chosen, by bit width
+    cache_dir  where the measurement behind that choice is kept; formats.sources.cache_dir() when
+               None
 
     Raises FormatError for a missing weight, ShapeError for one that the op list does not fit or an
     unknown cache type, UnsupportedError for heads that the cache cannot hold, DeviceError for an
@@ -55,6 +58,7 @@ class Executor:
         isa: str | None = None,
         kernel: str = registry.Kernel.AUTO,
         cache_type: str = kv_cache.CacheType.F16,
+        cache_dir: Path | None = None,
     ) -> None:
         self.isa = chosen_isa(isa)
         self.n_threads = default_threads() if n_threads is None else n_threads
@@ -83,7 +87,9 @@ class Executor:
             )
             builder = _Builder(native, ops, weights)
             builder.build()
-            self.kernels = registry.choose(self.isa, builder.widths(), kernel)
+            self.kernels = registry.choose(
+                self.isa, builder.widths(), kernel, folder=cache_dir
+            )
             native.finish(
                 [self.kernels[b].lookup_rows if b in self.kernels else 0 for b in registry.WIDTHS]
             )
