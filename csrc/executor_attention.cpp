@@ -84,6 +84,7 @@ void Executor::attend_blocks(const AttentionOp& op, const Call& call, int heads,
   }
   const int token_blocks = (call.n + tokens - 1) / tokens;
   float* const results = results_[walk.thread()].as<float>();
+  // The output may be the query: a block publishes over its own rows alone, and whoever still reads them comes too late.
   // body(token, offset of the head in a register) for the rows of the block -> kv head
   const auto for_each = [&](int item, const auto& body) {
     const int kv_head = item % op.n_kv_heads;

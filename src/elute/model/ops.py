@@ -66,6 +66,7 @@ class Attention:
     Grouped-query: n_heads / n_kv_heads successive query heads read one key head.
     window: a query at position p sees keys at positions p-window+1 .. p.
     softcap: s = softcap * tanh(s / softcap).
+    May be in place: output is query.
     """
 
     query: str
@@ -83,7 +84,7 @@ class Attention:
 
 @dataclass(frozen=True)
 class Gate:
-    """output = activation(gate) * up"""
+    """output = activation(gate) * up. May be in place: output is gate."""
 
     gate: str
     up: str

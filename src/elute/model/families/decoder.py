@@ -3,9 +3,9 @@
 One layer, with [ ] around what only some families have:
 
     normed = norm(hidden);  query, key, value = linear(normed);  [query, key = norm per head];  rope
-    attended = [norm](attention);  branch = [norm](linear(attended));  hidden += branch
-    normed = norm(hidden);  gate, up = linear(normed);  gated = [norm](activation(gate) * up)
-    branch = [norm](linear(gated));  hidden += branch
+    query = [norm](attention);  normed = [norm](linear(query));  hidden += normed
+    normed = norm(hidden);  gate, up = linear(normed);  gate = [norm](activation(gate) * up)
+    normed = [norm](linear(gate));  hidden += normed
 """
 
 from __future__ import annotations
@@ -169,17 +169,16 @@ class Decoder:
         ops.append(Head("normed", EMBEDDING if self.tied else UNTIED_HEAD, self.logit_softcap))
         return OpList(
             ops=tuple(ops),
+            # As few as can be: each is 256 rows of floats. What is read for the last time, the next
+            # result of that width replaces.
             registers={
                 "hidden": sizes.hidden,
                 "normed": sizes.hidden,
                 "query": sizes.n_heads * sizes.head_width,
                 "key": sizes.n_kv_heads * sizes.head_width,
                 "value": sizes.n_kv_heads * sizes.head_width,
-                "attended": sizes.n_heads * sizes.head_width,
                 "gate": sizes.intermediate,
                 "up": sizes.intermediate,
-                "gated": sizes.intermediate,
-                "branch": sizes.hidden,
             },
             n_layers=sizes.n_layers,
             n_kv_heads=sizes.n_kv_heads,
@@ -204,7 +203,7 @@ class Decoder:
             query="query",
             key="key",
             value="value",
-            output="attended",
+            output="query",
             layer=layer,
             n_heads=sizes.n_heads,
             n_kv_heads=sizes.n_kv_heads,
@@ -214,23 +213,23 @@ class Decoder:
             softcap=self.attention_softcap,
         )
         if norms.before_output is not None:
-            yield self._norm(layer, norms.before_output, "attended", "attended")
-        yield self._linear(layer, "self_attn", "attended", {"o": "branch"}, self.output_bias)
+            yield self._norm(layer, norms.before_output, "query", "query")
+        yield self._linear(layer, "self_attn", "query", {"o": "normed"}, self.output_bias)
         if norms.after_attention is not None:
-            yield self._norm(layer, norms.after_attention, "branch", "branch")
-        yield Add("branch", "hidden")
+            yield self._norm(layer, norms.after_attention, "normed", "normed")
+        yield Add("normed", "hidden")
 
     def _mlp(self, layer: int) -> Iterator[Op]:
         norms = self.norms
         yield self._norm(layer, norms.before_mlp, "hidden", "normed")
         yield self._linear(layer, "mlp", "normed", {"gate": "gate", "up": "up"}, self.mlp_bias)
-        yield Gate("gate", "up", "gated", self.activation)
+        yield Gate("gate", "up", "gate", self.activation)
         if norms.before_down is not None:
-            yield self._norm(layer, norms.before_down, "gated", "gated")
-        yield self._linear(layer, "mlp", "gated", {"down": "branch"}, self.mlp_bias)
+            yield self._norm(layer, norms.before_down, "gate", "gate")
+        yield self._linear(layer, "mlp", "gate", {"down": "normed"}, self.mlp_bias)
         if norms.after_mlp is not None:
-            yield self._norm(layer, norms.after_mlp, "branch", "branch")
-        yield Add("branch", "hidden")
+            yield self._norm(layer, norms.after_mlp, "normed", "normed")
+        yield Add("normed", "hidden")
 
     def _norm(
         self, layer: int, name: str, source: str, target: str, *, head_width: int | None = None
