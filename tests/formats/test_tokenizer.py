@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
 from elute.formats.text_stream import DecoderPlan, byte_alphabet
-from elute.formats.tokenizer import Tokenizer
+from elute.formats.tokenizer import Tokenizer, _settings
 from elute.types import TokenizerFiles
 
 _TOKENIZERS: dict[str, Tokenizer] = {}
@@ -403,3 +403,63 @@ def test_any_edit_of_a_tokenizer_is_a_tokenizer_or_an_error(kind: str, data: st.
 def test_lone_surrogate_is_refused() -> None:
     with pytest.raises(FormatError, match="character 1 is the lone surrogate U\\+D800"):
         tokenizer("smollm").encode("a\ud800b")
+
+
+AWKWARD_TOKENS = [
+    '"',
+    "\\",
+    "{",
+    "}",
+    "[",
+    "]",
+    "vocab",
+    "merges",
+    '"vocab',
+    '"vocab": {',
+    '\\"merges": [',
+    "é\n",
+]
+
+
+@pytest.mark.parametrize("kind", ["bpe, pairs", "bpe, lines", "unigram", "deeper than any file"])
+@pytest.mark.parametrize("indent", [None, 2])
+def test_settings_are_those_of_the_whole_file(kind: str, indent: int | None) -> None:
+    model: dict[str, Any] = {
+        "bpe, pairs": {
+            "vocab": {token: i for i, token in enumerate(AWKWARD_TOKENS)},
+            "merges": [[token, "x"] for token in AWKWARD_TOKENS],
+        },
+        "bpe, lines": {"vocab": {}, "merges": [f"{token} x" for token in AWKWARD_TOKENS]},
+        "unigram": {"vocab": [[token, -0.5] for token in AWKWARD_TOKENS]},
+        "deeper than any file": {"vocab": [[[token]] for token in AWKWARD_TOKENS]},
+    }[kind]
+    awkward_keys = set(AWKWARD_TOKENS) - {"vocab", "merges"}
+    spec = {
+        "added_tokens": [{"content": token, "id": 3} for token in AWKWARD_TOKENS],
+        "model": {"type": "x", **model, "unk_token": '"merges": ['},
+        "post_processor": {"special_tokens": {token: {"ids": [1]} for token in awkward_keys}},
+    }
+    for ascii_only in (True, False):
+        text = json.dumps(spec, indent=indent, ensure_ascii=ascii_only)
+        found = _settings(text)
+        left_out = dict.fromkeys(model) if kind != "deeper than any file" else model
+        assert found == spec | {"model": {**spec["model"], **left_out}}
+
+
+def test_a_vocabulary_that_is_not_json_is_refused() -> None:
+    text = files("smollm").tokenizer_json
+    at = text.index('"vocab"') + len('"vocab": {')
+    with pytest.raises(FormatError, match=r"tokenizer\.json: .*; fetch the file again"):
+        Tokenizer.from_files(_with("smollm", tokenizer_json=text[:at] + '"a" 0, ' + text[at:]))
+
+
+def test_a_mistake_behind_the_vocabulary_is_told_with_its_place() -> None:
+    text = files("smollm").tokenizer_json[:-1] + ",}"
+    with pytest.raises(FormatError, match=rf"not JSON: .*\(char {len(text) - 1}\)"):
+        Tokenizer.from_files(_with("smollm", tokenizer_json=text))
+
+
+def test_looking_a_token_up_does_not_ask_for_the_whole_vocabulary() -> None:
+    made = Tokenizer.from_files(files("smollm"))
+    assert made.decode(made.encode("a b")) == "a b"
+    assert "vocabulary_size" not in made.__dict__  # 0.2 s for 256k tokens

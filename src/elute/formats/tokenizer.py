@@ -10,6 +10,7 @@ import json
 import re
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 from elute.errors import FormatError, ShapeError, UnsupportedError
@@ -33,6 +34,16 @@ END_OF_TURN_TOKENS = (
 )
 
 _SURROGATE = re.compile("[\ud800-\udfff]")  # half a character: JSON can spell it, UTF-8 cannot
+# A vocab or merges with its object or list; text inside a string cannot begin like that unescaped.
+# Possessive throughout: nothing is kept to come back to.
+_STRING = r'"[^"\\]*+(?:\\.[^"\\]*+)*+"'
+_LIST = rf'\[[^"\[\]]*+(?:{_STRING}[^"\[\]]*+)*+\]'
+_BULK = re.compile(
+    r'(?<!\\)("(?:vocab|merges)"\s*+:\s*+)'
+    rf'(?:\{{[^"{{}}]*+(?:{_STRING}[^"{{}}]*+)*+\}}|'
+    rf'\[[^"\[\]]*+(?:(?:{_STRING}|{_LIST})[^"\[\]]*+)*+\])',
+    re.DOTALL,
+)
 _TOKEN_SWITCHES = ("single_word", "lstrip", "rstrip", "normalized", "special")
 
 
@@ -71,7 +82,6 @@ class Tokenizer:
 
     bos_id              None when the model names no beginning token
     eos_ids             ids that end a generation, ascending; may be empty
-    vocabulary_size     1 + the largest id with a token; an embedding may have more rows
     special_tokens      {"bos_token": "<s>", ...} as tokenizer_config.json names them
     special_texts       all that parse_special finds, named or not
     decoder             how tokens become text
@@ -79,7 +89,6 @@ class Tokenizer:
 
     bos_id: int | None
     eos_ids: tuple[int, ...]
-    vocabulary_size: int
     special_tokens: Mapping[str, str]
     special_texts: frozenset[str]
     decoder: DecoderPlan
@@ -89,13 +98,12 @@ class Tokenizer:
         self._lock = threading.Lock()
         self._texts: dict[int, str | None] = {}  # what token_text has looked up
         self.decoder = decoder
-        self.vocabulary_size = 1 + max(backend.get_vocab().values(), default=-1)
         self.special_tokens = named_special_tokens(files.tokenizer_config)
         _add_config_tokens(backend, files.tokenizer_config)
         added = backend.get_added_tokens_decoder()
         self.special_texts = frozenset(t.content for t in added.values() if t.special)
         bos = self.special_tokens.get("bos_token")
-        ids = _generation_ids(files.generation_config, "bos_token_id", self.vocabulary_size)
+        ids = self._generation_ids(files.generation_config, "bos_token_id")
         self.bos_id = backend.token_to_id(bos) if bos is not None else next(iter(ids), None)
         self.eos_ids = self._end_ids(files.generation_config)
 
@@ -107,7 +115,7 @@ class Tokenizer:
         """
         from tokenizers import Tokenizer as Backend
 
-        spec = _parsed(files.tokenizer_json)
+        spec = _settings(files.tokenizer_json)
         try:
             backend = Backend.from_str(files.tokenizer_json)
         except Exception as error:  # the library raises bare Exception for everything
@@ -118,6 +126,14 @@ class Tokenizer:
         backend.no_truncation()
         backend.no_padding()
         return cls(backend, DecoderPlan.from_json(spec.get("decoder")), files)
+
+    @cached_property
+    def vocabulary_size(self) -> int:
+        """1 + the largest id with a token; an embedding may have more rows.
+
+        Looks at the whole vocabulary, the first time.
+        """
+        return 1 + max(self._backend.get_vocab().values(), default=-1)
 
     def encode(
         self, text: str, *, add_special: bool = True, parse_special: bool = False
@@ -186,8 +202,26 @@ class Tokenizer:
         if token < 0:
             raise ShapeError(f"token id {token}: wanted 0 to {self.vocabulary_size - 1}")
 
+    def _generation_ids(self, generation_config: Mapping[str, Any], key: str) -> Iterator[int]:
+        value = generation_config.get(key)
+        for token in value if isinstance(value, list | tuple) else [value]:
+            if token is None:
+                continue
+            if type(token) is not int or not self._has_id(token):
+                raise FormatError(
+                    f"generation_config.json: {key} is {value!r}, wanted ids from 0 to "
+                    f"{self.vocabulary_size - 1}; correct the file"
+                )
+            yield token
+
+    def _has_id(self, token: int) -> bool:
+        """Whether an id is in 0 .. vocabulary_size-1, the size asked for only where it matters."""
+        if not 0 <= token < 1 << 32:
+            return False
+        return self._backend.id_to_token(token) is not None or token < self.vocabulary_size
+
     def _end_ids(self, generation_config: Mapping[str, Any]) -> tuple[int, ...]:
-        ids = set(_generation_ids(generation_config, "eos_token_id", self.vocabulary_size))
+        ids = set(self._generation_ids(generation_config, "eos_token_id"))
         names: list[str] = []
         if not ids:
             names += [token for token in END_OF_TURN_TOKENS if token in self.special_texts]
@@ -200,24 +234,17 @@ class Tokenizer:
         return tuple(sorted(ids))
 
 
-def _generation_ids(
-    generation_config: Mapping[str, Any], key: str, vocabulary_size: int
-) -> Iterator[int]:
-    value = generation_config.get(key)
-    for token in value if isinstance(value, list | tuple) else [value]:
-        if token is None:
-            continue
-        if type(token) is not int or not 0 <= token < vocabulary_size:
-            raise FormatError(
-                f"generation_config.json: {key} is {value!r}, wanted ids from 0 to "
-                f"{vocabulary_size - 1}; correct the file"
-            )
-        yield token
+def _settings(tokenizer_json: str) -> dict[str, Any]:
+    """What tokenizer.json says, apart from vocabulary and merges: a vocab or merges is null here.
 
-
-def _parsed(tokenizer_json: str) -> dict[str, Any]:
+    They are nearly all of the file, and only the library needs them. As Python objects they take
+    0.5 s and 120 MB for a vocabulary of 256k. The library refuses those that are not JSON.
+    """
     try:
-        spec = json.loads(tokenizer_json)
+        try:
+            spec = json.loads(_BULK.sub(r"\1null", tokenizer_json))
+        except json.JSONDecodeError:
+            spec = json.loads(tokenizer_json)  # fails too, and tells the place in the file
     except (json.JSONDecodeError, RecursionError) as error:
         raise FormatError(f"tokenizer.json: not JSON: {error}; fetch the file again") from error
     if not isinstance(spec, dict):
