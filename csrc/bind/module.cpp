@@ -1,5 +1,9 @@
 #include "bind/bind.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 NB_MODULE(_native, m) {
   nb::set_leak_warnings(false);  // a daemon thread keeps objects alive to the end of the program: no bug of ours
   m.doc() = "elute's native kernels and executor; elute.kernels and elute.runtime are the public side";
@@ -12,6 +16,14 @@ NB_MODULE(_native, m) {
       },
       "Instruction-set levels that this CPU runs, slowest first.");
   m.def("best_isa", [] { return std::string(elute::best_kernels().isa); });
+  m.def(
+      "return_freed_memory",
+      [] {
+#if defined(__GLIBC__)
+        malloc_trim(0);
+#endif
+      },
+      "Gives the system the pages that were freed but that malloc keeps; elsewhere than with glibc, nothing.");
 #ifdef ELUTE_EMULATE_AVX512
   m.attr("emulates_avx512") = true;
 #else

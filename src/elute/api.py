@@ -330,6 +330,7 @@ def load(
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
     BudgetError for a full disk, DeviceError for an unknown isa or kernel.
     """
+    from elute import _native
     from elute.formats.chat_template import ChatTemplate
     from elute.formats.tokenizer import Tokenizer as FileTokenizer
     from elute.model.families import op_list
@@ -341,6 +342,10 @@ def load(
     )
     files = packed.tokenizer_files()
     tokenizer = FileTokenizer.from_files(files)
+    has_template = files.chat_template or files.tokenizer_config.get("chat_template")
+    template = ChatTemplate.from_files(files) if has_template else None
+    sampling = model_sampling(files.generation_config)
+    del files  # megabytes of text
     ops = op_list(packed.config)
     if context is not None and context > ops.context:
         log.warning(
@@ -360,14 +365,15 @@ def load(
         cache_type=cache_type,
         cache_dir=cache_dir,
     )
-    has_template = files.chat_template or files.tokenizer_config.get("chat_template")
+    # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
+    _native.return_freed_memory()
     return Model(
         executor,
         tokenizer,
         name=str(model),
         path=packed.path,
-        template=ChatTemplate.from_files(files) if has_template else None,
-        sampling=model_sampling(files.generation_config),
+        template=template,
+        sampling=sampling,
         bits_per_weight=packed.bits_per_weight,
     )
 
