@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -70,9 +71,11 @@ def test_score_is_near_the_float_reference_of_the_packed_codes(model):
     assert np.array(score.logprobs[1:], float) == pytest.approx(want, abs=0.5)
 
 
-def test_a_cache_folder_also_keeps_what_was_measured(folder, tmp_path, kernels_file):
+@pytest.mark.parametrize("kind", [Path, str])
+def test_a_cache_folder_also_keeps_what_was_measured(folder, tmp_path, kernels_file, kind):
     kernels_file.unlink(missing_ok=True)
-    elute.load(folder, cache_dir=tmp_path).close()
+    elute.load(folder, cache_dir=kind(tmp_path)).close()
+    assert (tmp_path / "packed").is_dir()
     assert json.loads((tmp_path / "kernels.json").read_text())["machines"]
     assert not kernels_file.exists()
 

@@ -308,7 +308,7 @@ def load(
     isa: str | None = None,
     kernel: str = "auto",
     cache_type: str = "f16",
-    cache_dir: Path | None = None,
+    cache_dir: str | Path | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -337,9 +337,8 @@ def load(
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.store import open_packed
 
-    packed = open_packed(
-        str(model), bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress
-    )
+    folder = None if cache_dir is None else Path(cache_dir)
+    packed = open_packed(str(model), bits=bits, recipe=recipe, cache_dir=folder, progress=progress)
     files = packed.tokenizer_files()
     tokenizer = FileTokenizer.from_files(files)
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
@@ -363,7 +362,7 @@ def load(
         isa=isa,
         kernel=kernel,
         cache_type=cache_type,
-        cache_dir=cache_dir,
+        cache_dir=folder,
     )
     # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
     _native.return_freed_memory()

@@ -87,9 +87,7 @@ class Executor:
             )
             builder = _Builder(native, ops, weights)
             builder.build()
-            self.kernels = registry.choose(
-                self.isa, builder.widths(), kernel, folder=cache_dir
-            )
+            self.kernels = registry.choose(self.isa, builder.widths(), kernel, folder=cache_dir)
             native.finish(
                 [self.kernels[b].lookup_rows if b in self.kernels else 0 for b in registry.WIDTHS]
             )
