@@ -15,6 +15,9 @@ constexpr double kInfinity = std::numeric_limits<double>::infinity();
 // Below it std::sort is faster than three passes with their 2048 counters; both sort alike.
 constexpr int64_t kRadixFrom = 2048;
 constexpr int64_t kFirstNucleus = 64;  // tokens of the first attempt at top-p; 95 % of a chat model's mass is in fewer
+constexpr int64_t kExactMasses = 1 << 19;  // so many masses have an exact sum in any order (FloatKernels::masses)
+constexpr int kBuckets = 1 << 12;          // their sums fill 32 KB; of 60k tokens some 15 share one
+constexpr int kBelow = 16;  // buckets more, for what is in none: additions to one and the same wait for each other
 constexpr int kDigitBits = 11, kDigits = 3;  // 33 bits: the 32 of a logit
 
 // Floats in descending order as ascending integers, above the id.
@@ -168,6 +171,11 @@ void Sampler::rank(const float* logits, float least) {
       n += logits[i] >= least;
     }
   }
+  sort_keys(logits, n);
+}
+
+// The first n of keys_, and their logits.
+void Sampler::sort_keys(const float* logits, int64_t n) {
   if (n < kRadixFrom) {
     std::sort(keys_.get(), keys_.get() + n);
   } else {
@@ -215,6 +223,74 @@ int Sampler::choose_of_top_k(const float* logits, float peak, double uniform) {
   return draw(nucleus(wanted, round_up(peak + filters_.gap)), uniform);
 }
 
+// Cuts the logits from `least` to the peak into buckets of equal width and sums the masses of each. A bucket's place
+// cannot fall as a logit does, rounded as it is: each step to it is monotone.
+void Sampler::fill_buckets(const float* logits, float peak, float least) {
+  if (!bucket_of_) bucket_of_ = std::make_unique_for_overwrite<uint16_t[]>(n_blocks_ * kPeakBlock);
+  bucket_masses_.assign(kBuckets + kBelow, 0);
+  const double width = (double{peak} - least) / kBuckets;
+  const float scale = width > 1e-30 ? static_cast<float>(1 / width) : 0;  // 0: all in one
+  constexpr float kLast = kBuckets - 1;
+  float masses[kPeakBlock];
+  for (int64_t block = 0; block < n_blocks_; ++block) {
+    if (peaks_[block] < least) continue;
+    const int64_t begin = block * kPeakBlock, n = std::min<int64_t>(kPeakBlock, n_ - begin);
+    uint16_t* bucket = bucket_of_.get() + begin;
+    const float* x = logits + begin;
+    kernels_.masses(x, n, peak, filters_.inverse_temperature, masses);
+    // No branches: which logits are below cannot be predicted.
+    for (int64_t i = 0; i < n; ++i) {
+      const float at = (peak - x[i]) * scale;
+      const int inside = static_cast<int>(at < kLast ? at : kLast), below = kBuckets + static_cast<int>(i % kBelow);
+      const int is_below = -static_cast<int>(x[i] < least);
+      bucket[i] = static_cast<uint16_t>((inside & ~is_below) | (below & is_below));
+    }
+    for (int64_t i = 0; i < n; ++i) bucket_masses_[bucket[i]] += masses[i];
+  }
+}
+
+// Ranks the tokens of one bucket and gives them their masses.
+void Sampler::rank_bucket(const float* logits, float peak, float least, uint16_t bucket) {
+  int64_t n = 0;
+  for (int64_t block = 0; block < n_blocks_; ++block) {
+    if (peaks_[block] < least) continue;
+    const int64_t begin = block * kPeakBlock, end = std::min(n_, begin + kPeakBlock);
+    const uint16_t* bucket_of = bucket_of_.get();
+    uint16_t found = 0;  // as wide as what is compared: one vector of 8
+    for (int64_t i = begin; i < end; ++i) found += bucket_of[i] == bucket;
+    if (!found) continue;
+    for (int64_t i = begin; i < end; ++i)
+      if (bucket_of[i] == bucket) keys_[n++] = rank_key(logits[i], i);
+  }
+  sort_keys(logits, n);
+  weigh(n, peak);
+}
+
+// The same as ranking all logits from `least` on, which a large nucleus makes dear: sums of masses are exact, so that
+// only the buckets where the nucleus ends and where the draw falls need an order. -1: the nucleus goes on below `least`,
+// which is not `last`.
+int Sampler::choose_of_buckets(const float* logits, float peak, double uniform, double wanted, float least, bool last) {
+  fill_buckets(logits, peak, least);
+  double kept = 0;
+  uint16_t end = 0;
+  while (end < kBuckets && kept + bucket_masses_[end] < wanted) kept += bucket_masses_[end++];
+  if (end == kBuckets && !last) return -1;
+  if (end < kBuckets) {
+    rank_bucket(logits, peak, least, end);
+    int64_t i = 0;
+    do kept += masses_[i++];
+    while (i < n_ranked_ && kept < wanted);
+  }
+  const double at = place(uniform, kept);
+  double sum = 0;  // `at` is below what is kept: its bucket is none behind `end`
+  uint16_t bucket = 0;
+  while (sum + bucket_masses_[bucket] <= at) sum += bucket_masses_[bucket++];
+  if (bucket != end) rank_bucket(logits, peak, least, bucket);
+  int64_t i = 0;
+  for (sum += masses_[0]; sum <= at; sum += masses_[i]) ++i;
+  return id_of(keys_[i]);
+}
+
 int Sampler::choose_of_all(const float* logits, float peak, double uniform) {
   const float floor = round_up(peak + filters_.gap);
   if (filters_.top_p >= 1) {
@@ -231,6 +307,12 @@ int Sampler::choose_of_all(const float* logits, float peak, double uniform) {
                             -std::numeric_limits<float>::infinity()};
   for (int attempt = 0;; ++attempt) {
     const float least = attempts[attempt];
+    if (attempt == 1 && n_ <= kExactMasses && std::isfinite(least)) {
+      const int token = choose_of_buckets(logits, peak, uniform, filters_.top_p * total, std::max(least, floor),
+                                          least <= floor);
+      if (token >= 0) return token;
+      continue;
+    }
     rank(logits, std::max(least, floor));
     weigh(n_ranked_, peak);
     const int64_t kept = nucleus(filters_.top_p * total, floor);

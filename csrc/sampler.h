@@ -68,9 +68,13 @@ class Sampler {
   int choose_by_id(const float* logits, float peak, double uniform);
 
   void rank(const float* logits, float least);
+  void sort_keys(const float* logits, int64_t n);
   void weigh(int64_t n, float peak);
   int64_t nucleus(double wanted, float floor) const;
   int draw(int64_t kept, double uniform) const;
+  void fill_buckets(const float* logits, float peak, float least);
+  void rank_bucket(const float* logits, float peak, float least, uint16_t bucket);
+  int choose_of_buckets(const float* logits, float peak, double uniform, double wanted, float least, bool last);
   int choose_of_top_k(const float* logits, float peak, double uniform);
   int choose_of_all(const float* logits, float peak, double uniform);
 
@@ -83,6 +87,8 @@ class Sampler {
   std::vector<float> peaks_;           // of each block
   std::vector<float> selection_;       // scratch of kth_peak
   std::vector<double> sums_;           // masses of each block
+  std::vector<double> bucket_masses_;
+  std::unique_ptr<uint16_t[]> bucket_of_;  // [n]; of blocks whose peak is in one
   std::unique_ptr<float[]> changed_;   // logits [n]; made when first needed, as the two below
   std::unique_ptr<uint64_t[]> keys_, spare_;  // [n], ascending in rank
   int64_t n_ranked_ = 0;                      // of keys_ and values_

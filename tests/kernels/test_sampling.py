@@ -101,6 +101,35 @@ def check_same_tokens(logits, uniforms, **changes):
         assert tokens == tokens[:1] * len(tokens), (tokens, uniform, changes)
 
 
+# Nuclei of thousands, whose ends and draws are found without ranking all: what makes that hard is
+# ties, a floor that ends them first, masses of 0, and one bucket that holds everything.
+LARGE_NUCLEI = {
+    "power law": lambda rng, n: -1.1 * np.log(rng.permutation(n) + 2.7),
+    "ties": lambda rng, n: np.round(rng.normal(0, 1, n), 1),
+    "all equal": lambda rng, n: np.full(n, -3.0),
+    "two values": lambda rng, n: rng.integers(0, 2, n) * 1e-38,
+    "far below": lambda rng, n: np.where(rng.integers(0, 3, n) > 0, rng.normal(0, 1, n), -1e38),
+    "neighbours": lambda rng, n: 1 + rng.integers(0, 3000, n) * 2.0**-23,
+}
+
+
+@pytest.mark.parametrize("kind", LARGE_NUCLEI)
+@pytest.mark.parametrize("top_p", [0.3, 0.95, 0.9999, math.nextafter(1, 0)])
+@pytest.mark.parametrize("gap", [-math.inf, -2.5, -1e-3])
+def test_a_large_nucleus_is_the_reference_token_for_token(kind, top_p, gap, rng):
+    logits = LARGE_NUCLEI[kind](rng, 20_000).astype(np.float32)
+    uniforms = [0.0, *rng.random(6), math.nextafter(1, 0)]
+    for inverse_temperature in (0.5, 1.25):
+        check_same_tokens(
+            logits, uniforms, top_p=top_p, gap=gap, inverse_temperature=inverse_temperature
+        )
+
+
+def test_a_vocabulary_too_large_for_exact_sums_is_ranked(rng):
+    logits = LARGE_NUCLEI["power law"](rng, (1 << 19) + 1).astype(np.float32)
+    check_same_tokens(logits, [0.0, 0.4, 0.99], top_p=0.95)
+
+
 uniform = st.one_of(st.floats(0, 1, exclude_max=True), st.just(math.nextafter(1, 0)))
 
 
