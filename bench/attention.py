@@ -5,9 +5,9 @@
 
 The native executor runs an op list of nothing but attention, over as many layers as make the cache
 larger than the processor's. Decode: one token behind `depth` others, GB/s of the keys and values
-that it reads, and their share of a plain read. Prefill: `prompt` tokens behind `depth` others,
-GFLOP/s, and their share of f32 multiply-adds on registers. The ceilings are measured in each round;
-variants take turns; figures are medians. The last line is one JSON object.
+that it reads, and their share of a plain read in one to three streams. Prefill: `prompt` tokens
+behind `depth` others, GFLOP/s, and their share of f32 multiply-adds on registers. The ceilings are
+measured in each round; variants take turns; figures are medians. The last line is one JSON object.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elute import _native
+from elute.bench.ceilings import measured_ceilings
 from elute.model.ops import Attention, Embed, Head, OpList
 from elute.pack import quads
 from elute.quantize.rtn import quantize
@@ -130,7 +131,7 @@ def main() -> None:
     for _ in range(args.rounds):
         for n, executor in executors.items():
             took = {
-                "read": _native.read_gb_s(args.isa, n, arena),
+                "read": measured_ceilings(args.isa, n, arena).read_gb_s,
                 "fma": _native.fma_gflops(args.isa, n),
                 "decode": seconds(executor, tokens[:1], args.depth),
                 "prefill": seconds(executor, tokens[args.depth :], args.depth),

@@ -1,5 +1,6 @@
 #include "bench.h"
 
+#include <algorithm>
 #include <atomic>
 #include <chrono>
 
@@ -10,43 +11,73 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
-double seconds_since(Clock::time_point started) { return std::chrono::duration<double>(Clock::now() - started).count(); }
-
-// Seconds from the moment when all threads are there to the moment when the last has done work(thread).
+// Seconds of each of `repeats` times work(walk, i), of which no thread returns before all is done. They count from the
+// first thread that begins to the first that returns: another may be held back at either moment, which is no part of it.
 template <typename Work>
-double timed(int n_threads, const Work& work) {
-  double seconds = 0;
+std::vector<double> timed(int n_threads, int repeats, const Work& work) {
+  std::vector<Clock::time_point> began(int64_t{n_threads} * repeats), ended(began.size());  // [repeat][thread]
   ThreadPool pool(n_threads, [&](Walk& walk, const ThreadPool::Job&) {
-    walk.meet();
-    const Clock::time_point started = Clock::now();
-    work(walk.thread());
-    walk.meet();
-    if (walk.thread() == 0) seconds = seconds_since(started);
+    for (int i = 0; i < repeats; ++i) {
+      const int64_t mine = int64_t{i} * n_threads + walk.thread();
+      walk.meet();
+      began[mine] = Clock::now();
+      work(walk, i);
+      ended[mine] = Clock::now();
+    }
+    walk.meet();  // the caller reads what all have written
   });
   pool.run({});
+  std::vector<double> seconds;
+  for (auto from = began.begin(), to = ended.begin(); from != began.end(); from += n_threads, to += n_threads) {
+    const auto first = *std::min_element(from, from + n_threads), last = *std::min_element(to, to + n_threads);
+    seconds.push_back(std::chrono::duration<double>(last - first).count());
+  }
   return seconds;
 }
 
+double median(std::vector<double> values) {
+  const auto middle = values.begin() + values.size() / 2;
+  std::nth_element(values.begin(), middle, values.end());
+  return *middle;
+}
+
+// Ceilings are medians over spans that are short as products are, so that another program's turn on a core, of some
+// milliseconds, spoils a few of them and not the figure; and long against the microsecond in which threads meet.
+constexpr int64_t kSpanBytes = 8 << 20;     // of a thread: 0.2 ms at 40 GB/s
+constexpr double kLeastSpanSeconds = 3e-4;  // of multiply-adds
+constexpr int kSpans = 32;
+
 // Of all threads together, two operations a multiply-add.
 double operations_a_nanosecond(int n_threads, float (*work)(int64_t), int multiply_adds_per_step) {
-  constexpr double kLeastSeconds = 0.004;  // a hundred times what threads need to meet
   std::vector<float> sums(n_threads);
-  for (int64_t n_steps = 1024;; n_steps *= 2) {
-    const double seconds = timed(n_threads, [&](int thread) { sums[thread] = work(n_steps); });
-    if (seconds >= kLeastSeconds) return 2.0 * multiply_adds_per_step * double(n_steps) * n_threads / seconds / 1e9;
-  }
+  int64_t n_steps = 1024;
+  const auto span = [&](Walk& walk, int) {
+    sums[walk.thread()] = work(n_steps);
+    walk.meet();
+  };
+  // One thread says how many steps that takes: of several, a single one that is held back would make it seem long.
+  while (median(timed(1, 3, span)) < kLeastSpanSeconds) n_steps *= 2;
+  const double seconds = median(timed(n_threads, kSpans, span));
+  return 2.0 * multiply_adds_per_step * double(n_steps) * n_threads / seconds / 1e9;
 }
 
 }  // namespace
 
-double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes) {
+Read read(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes, int n_streams) {
   const int runs = static_cast<int>(n_bytes / kReadRun);
+  const int n_spans = static_cast<int>(std::max<int64_t>(1, n_bytes / (n_threads * kSpanBytes)));
   std::atomic<uint64_t> seen{0};
-  const double seconds = timed(n_threads, [&](int thread) {
-    const Range mine = share(runs, thread, n_threads);
-    seen |= kernels.ceilings->read(data + int64_t{mine.begin} * kReadRun, int64_t{mine.end - mine.begin} * kReadRun);
+  std::vector<double> gb_s = timed(n_threads, n_spans, [&](Walk& walk, int i) {
+    const Range span = share(runs, i, n_spans), mine = share(span.end - span.begin, walk.thread(), n_threads);
+    seen |= kernels.ceilings->read(data + int64_t{span.begin + mine.begin} * kReadRun,
+                                   int64_t{mine.end - mine.begin} * kReadRun, n_streams);
+    walk.meet();
   });
-  return double(runs) * kReadRun / seconds / 1e9;
+  for (int i = 0; i < n_spans; ++i) {
+    const Range span = share(runs, i, n_spans);
+    gb_s[i] = double(span.end - span.begin) * kReadRun / gb_s[i] / 1e9;
+  }
+  return {median(gb_s), seen};
 }
 
 double multiply_gops(const KernelTable& kernels, int n_threads) {
@@ -62,25 +93,17 @@ std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, co
   std::vector<AlignedArray<uint8_t>> scratch(n_threads);
   if (x.rows > 1)
     for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(x.rows));
-  std::vector<double> seconds(repeats);
   const int n_chunks = chunks(copies[0].n_panels(), n_threads);
-  ThreadPool pool(n_threads, [&](Walk& walk, const ThreadPool::Job&) {
-    for (int i = 0; i < repeats; ++i) {
-      const MatrixView& w = copies[i % copies.size()];
-      walk.meet();
-      const Clock::time_point started = Clock::now();
-      walk.share(n_chunks, [&](int chunk) {
-        const Range panels = share(w.n_panels(), chunk, n_chunks);
-        if (x.rows == 1) kernels.matmul->lut_matmul(w, x.view, panels.begin, panels.end, nullptr, y);
-        else
-          kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n,
-                                   scratch[walk.thread()].get());
-      });
-      if (walk.thread() == 0) seconds[i] = seconds_since(started);
-    }
+  return timed(n_threads, repeats, [&](Walk& walk, int i) {
+    const MatrixView& w = copies[i % copies.size()];
+    walk.share(n_chunks, [&](int chunk) {
+      const Range panels = share(w.n_panels(), chunk, n_chunks);
+      if (x.rows == 1) kernels.matmul->lut_matmul(w, x.view, panels.begin, panels.end, nullptr, y);
+      else
+        kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n,
+                                 scratch[walk.thread()].get());
+    });
   });
-  pool.run({});
-  return seconds;
 }
 
 }  // namespace elute

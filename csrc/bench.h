@@ -8,9 +8,14 @@
 
 namespace elute {
 
-// Bytes a nanosecond at which all threads together read n_bytes once, each its own part in order. n_bytes is at least
-// n_threads * kReadRun; what does not fill a run is left out.
-double read_gb_s(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes);
+struct Read {
+  double gb_s;    // bytes a nanosecond, the median over spans of some MiB
+  uint64_t seen;  // the or of all words
+};
+
+// All threads together read n_bytes once, span by span, each thread its own part of a span as n_streams streams (see
+// CeilingKernels::read). n_bytes is at least n_threads * kReadRun; what does not fill a run is left out.
+Read read(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes, int n_streams);
 
 // Int8 multiplies and adds a nanosecond of all threads together, operands in registers and the L1 cache.
 double multiply_gops(const KernelTable& kernels, int n_threads);

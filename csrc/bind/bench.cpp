@@ -48,17 +48,25 @@ std::vector<MatrixView> views(const ArrayIn<uint8_t, 2>& planes, const HalvesOfC
 void bind_bench(nb::module_& m) {
   m.def(
       "read_gb_s",
-      [](const std::string& isa, int n_threads, const ArrayIn<uint8_t, 1>& data) {
+      [](const std::string& isa, int n_threads, const ArrayIn<uint8_t, 1>& data, int n_streams) {
         const KernelTable& kernels = kernels_named(isa);
         check_threads(n_threads);
         const int64_t n_bytes = static_cast<int64_t>(data.size()), least = int64_t{n_threads} * kReadRun;
         check(n_bytes >= least && n_bytes <= int64_t{kReadRun} << 30,
               "data: found " + std::to_string(n_bytes) + " bytes, wanted " + std::to_string(least) + " to " +
                   std::to_string(int64_t{kReadRun} << 30));
-        nb::gil_scoped_release release;
-        return read_gb_s(kernels, n_threads, data.data(), n_bytes);
+        check(n_streams >= 1 && n_streams <= kMostStreams, "n_streams: found " + std::to_string(n_streams) +
+                                                               ", wanted 1 to " + std::to_string(kMostStreams));
+        Read done;
+        {
+          nb::gil_scoped_release release;
+          done = read(kernels, n_threads, data.data(), n_bytes, n_streams);
+        }
+        return nb::make_tuple(done.gb_s, done.seen);
       },
-      nb::arg("isa"), nb::arg("n_threads"), nb::arg("data"), "GB/s at which the threads read data u8 [n] once");
+      nb::arg("isa"), nb::arg("n_threads"), nb::arg("data"), nb::arg("n_streams"),
+      "-> (GB/s at which the threads read data u8 [n] once, in n_streams streams each; the or of all its words)");
+  m.attr("MOST_STREAMS") = kMostStreams;
   m.def(
       "multiply_gops",
       [](const std::string& isa, int n_threads) {

@@ -6,11 +6,13 @@
 
 namespace elute {
 
-constexpr int kReadRun = 128;  // bytes: two cache lines
+constexpr int kReadRun = 128;   // bytes: two cache lines
+constexpr int kMostStreams = 3;  // a fourth reads no more: Zen 5, 1 and 2 threads, out of cache
 
 struct CeilingKernels {
-  // Reads n_bytes (a positive multiple of kReadRun) once, in order; returns the or of all words.
-  uint64_t (*read)(const uint8_t* data, int64_t n_bytes);
+  // Reads n_bytes (a positive multiple of kReadRun) once and returns the or of all words: n_streams (1 to kMostStreams)
+  // contiguous pieces, each in order, a run of each in turn.
+  uint64_t (*read)(const uint8_t* data, int64_t n_bytes, int n_streams);
   // n_steps times the multiply-adds of lut_gemm's register tile, every operand in a register or the L1 cache. Returns
   // the sum of all products, which is 0.
   float (*multiply)(int64_t n_steps);

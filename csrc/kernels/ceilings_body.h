@@ -13,21 +13,37 @@ constexpr int kMultipliesPerStep = kGemmRows * kVectors * kBytes;
 // GCC's and Clang's own vectors, not the vocabulary's: the portable level's loads of single bytes are slower than memory.
 typedef uint64_t Words __attribute__((vector_size(kBytes)));
 
-uint64_t read(const uint8_t* data, int64_t n_bytes) {
-  constexpr int kSums = kReadRun / kBytes;  // Zen 3, 1 thread, out of cache: 4 sums read 1.1 times as fast as one
-  Words seen[kSums] = {};
-  for (int64_t at = 0; at < n_bytes; at += kReadRun) {
+constexpr int kReadSums = kReadRun / kBytes;  // Zen 3, 1 thread, out of cache: 4 sums read 1.1 times as fast as one
+
+ELUTE_INLINE void read_run(const uint8_t* data, Words* seen) {
 #pragma GCC unroll 16
-    for (int v = 0; v < kSums; ++v) {
-      Words words;
-      __builtin_memcpy(&words, data + at + v * kBytes, kBytes);
-      seen[v] |= words;
-    }
+  for (int v = 0; v < kReadSums; ++v) {
+    Words words;
+    __builtin_memcpy(&words, data + v * kBytes, kBytes);
+    seen[v] |= words;
   }
+}
+
+template <int kStreams>
+uint64_t read_streams(const uint8_t* data, int64_t n_bytes) {
+  Words seen[kReadSums] = {};
+  const int64_t piece = n_bytes / kReadRun / kStreams * kReadRun;
+  for (int64_t at = 0; at < piece; at += kReadRun) {
+#pragma GCC unroll 4
+    for (int s = 0; s < kStreams; ++s) read_run(data + s * piece + at, seen);
+  }
+  for (int64_t at = kStreams * piece; at < n_bytes; at += kReadRun) read_run(data + at, seen);  // fewer than kStreams
   uint64_t result = 0;
   for (const Words& words : seen)
     for (int i = 0; i < kBytes / 8; ++i) result |= words[i];
   return result;
+}
+
+uint64_t read(const uint8_t* data, int64_t n_bytes, int n_streams) {
+  static_assert(kMostStreams == 3);
+  if (n_streams == 1) return read_streams<1>(data, n_bytes);
+  if (n_streams == 2) return read_streams<2>(data, n_bytes);
+  return read_streams<3>(data, n_bytes);
 }
 
 // Makes the compiler forget what it knows of a value in memory, so that it cannot reuse or leave out what depends on it.

@@ -5,12 +5,14 @@ import pytest
 
 from elute import _native
 from elute.bench import kernels
+from elute.bench.ceilings import Ceilings
 from elute.bench.kernels import Case, bench_kernels
 from elute.errors import BudgetError, DeviceError, ShapeError
 from elute.kernels.lut_matmul import reference
 from elute.types import OVER_READ, Affine, PackedMatrix
 
 ARENA_BYTES = 1 << 20
+RUN = 128  # bytes that a stream reads at a time
 CASE = Case(n=96, k=128, bits=2, group_size=64, rows=1, threads=1)
 
 
@@ -38,8 +40,8 @@ def test_every_case_has_a_row_and_every_thread_count_its_ceilings():
         assert speed.gops == pytest.approx(2 * 96 * 128 * speed.rows / speed.ms / 1e6)
         n_bytes = 96 * 128 * speed.bits / 8 + 2 * 96 * (128 / speed.group_size)
         assert speed.gb_s == pytest.approx(n_bytes / speed.ms / 1e6)
-    assert [c.threads for c in ceilings] == [1, 2]
-    assert all(c.read_gb_s > 0 and c.multiply_gops > 0 for c in ceilings)
+    assert list(ceilings) == [1, 2]
+    assert all(c.read_gb_s > 0 and c.multiply_gops > 0 for c in ceilings.values())
 
 
 @pytest.mark.parametrize(
@@ -70,8 +72,15 @@ def test_shapes_of_known_models_can_be_packed():
         assert all(k % 64 == 0 and n % 32 == 0 for n, k in shapes)
 
 
-def test_the_arena_exceeds_the_caches():
-    assert kernels.default_arena_bytes() >= 256 << 20
+def test_shares_are_of_the_ceilings_before_the_case_s_own_timings(monkeypatch):
+    measured = iter([Ceilings((4.0, 2.0), 50.0), Ceilings((1.0, 1.0), 10.0)] * 3)
+    monkeypatch.setattr(kernels, "measured_ceilings", lambda *_: next(measured))
+    cases = [CASE, dataclasses.replace(CASE, rows=2)]
+    speeds, ceilings = bench_kernels(cases, repeats=3, arena_bytes=ARENA_BYTES)
+    for speed, read, multiply in zip(speeds, (4.0, 1.0), (50.0, 10.0), strict=True):
+        assert speed.bandwidth_share == pytest.approx(speed.gb_s / read)
+        assert speed.peak_share == pytest.approx(speed.gops / multiply)
+    assert ceilings == {1: Ceilings((2.5, 1.5), 30.0)}
 
 
 def random_copies(n_copies: int) -> dict:
@@ -104,9 +113,20 @@ def test_the_timed_product_is_the_reference_s(isa, rows, threads):
 
 
 @pytest.mark.parametrize("isa", _native.isas())
-def test_ceilings_are_positive(isa):
-    data = np.zeros(4096, np.uint8)
-    assert _native.read_gb_s(isa, 2, data) > 0
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("n_streams", range(1, _native.MOST_STREAMS + 1))
+@pytest.mark.parametrize("n_runs", [2, 3, 63, 64])  # with and without runs that no stream gets
+def test_a_read_sees_every_run(isa, threads, n_streams, n_runs):
+    data = np.zeros((n_runs, RUN // 8), np.uint64)
+    for run in range(n_runs):
+        data[run, run % (RUN // 8)] = 1 << run
+    gb_s, seen = _native.read_gb_s(isa, threads, data.view(np.uint8).ravel(), n_streams)
+    assert gb_s > 0
+    assert seen == (1 << n_runs) - 1
+
+
+@pytest.mark.parametrize("isa", _native.isas())
+def test_the_peak_is_positive(isa):
     assert _native.multiply_gops(isa, 1) > 0
 
 
@@ -135,6 +155,9 @@ def test_wrong_arguments_of_a_timing_are_refused_in_a_sentence(changes, told):
 
 def test_wrong_arguments_of_a_ceiling_are_refused_in_a_sentence():
     with pytest.raises(ValueError, match="data: found 64 bytes, wanted 256 to"):
-        _native.read_gb_s("scalar", 2, np.zeros(64, np.uint8))
+        _native.read_gb_s("scalar", 2, np.zeros(64, np.uint8), 1)
+    for n_streams in (0, 4):
+        with pytest.raises(ValueError, match=f"n_streams: found {n_streams}, wanted 1 to 3"):
+            _native.read_gb_s("scalar", 2, np.zeros(4096, np.uint8), n_streams)
     with pytest.raises(ValueError, match="n_threads: found 513"):
         _native.multiply_gops("scalar", 513)

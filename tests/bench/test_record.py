@@ -6,7 +6,8 @@ from test_random_weights import TINY
 
 from elute.bench import record as module
 from elute.bench import shapes
-from elute.bench.end_to_end import Ceilings, Speed, SpeedTest
+from elute.bench.ceilings import Ceilings
+from elute.bench.end_to_end import Speed, SpeedTest
 from elute.bench.llama_cpp import LlamaCpp
 from elute.bench.random_weights import random_recipe
 from elute.bench.record import record
@@ -37,7 +38,7 @@ def subject(bits=2):
 
 
 def speeds(seconds=2.0, n_threads=1):
-    ceilings = Ceilings(20.0, 200.0)
+    ceilings = Ceilings((18.0, 20.0), 200.0)
     return [
         Speed(test, n_threads, (seconds, seconds, seconds), (3.0, 4.0, 6.0), ceilings)
         for test in (PROMPT, GENERATION)

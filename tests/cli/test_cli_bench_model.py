@@ -36,7 +36,7 @@ def home(tmp_path_factory):
 @pytest.fixture
 def run(capsys, monkeypatch, home):
     monkeypatch.setenv("ELUTE_HOME", str(home))
-    monkeypatch.setattr("elute.bench.kernels.default_arena_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("elute.bench.ceilings.default_arena_bytes", lambda: 1 << 20)
     monkeypatch.setitem(shapes.CONFIGS, "tiny", TINY)
 
     def call(*arguments):
@@ -60,6 +60,7 @@ def test_a_table_has_the_names_of_llama_bench(run, folder):
     lines = out.splitlines()
     assert "llama" in lines[0]
     assert lines[1].startswith("ceilings of 1 thread: read ")
+    assert " each, multiply " in lines[1]
     assert [line.split()[:2] for line in lines[4:]] == [
         ["pp16", "1"], ["pp16", "2"], ["tg4", "1"], ["tg4", "2"],
     ]  # fmt: skip
@@ -94,6 +95,7 @@ def test_shares_are_of_the_ceilings_of_the_run(run, folder):
     assert generation["bandwidth_share"] == pytest.approx(
         gb_s / generation["read_gb_s"], abs=1e-4, rel=1e-2
     )
+    assert generation["read_streams"] in (1, 2, 3)
     assert prompt["peak_share"] > 0
 
 

@@ -1,6 +1,7 @@
 """convert, info, eval, bench and doctor over a tiny packed model."""
 
 import json
+import re
 import shutil
 
 import pytest
@@ -192,17 +193,23 @@ def test_eval_says_what_is_wrong_with_the_text(run, folder, tmp_path):
 
 
 def test_bench_kernels_shows_a_row_a_case_beside_the_ceilings(run, monkeypatch):
-    monkeypatch.setattr("elute.bench.kernels.default_arena_bytes", lambda: 1 << 20)
+    monkeypatch.setattr("elute.bench.ceilings.default_arena_bytes", lambda: 1 << 20)
     given = ["bench", "kernels", "--bits", "2,4", "--threads", "1,2", "--shape", "96x128,32x64"]
     given += ["--rows", "1,3", "--group-size", 0, "--repeats", 1]
     code, out, err = run(*given)
     assert code == 0, err
     lines = out.splitlines()
-    assert lines[0].startswith("ceilings of 1 thread: read ")
+    assert re.fullmatch(
+        r"ceilings of 1 thread: read [\d.]+ GB/s in (1 stream|[23] streams) each, "
+        r"multiply \d+ GOPS",
+        lines[0],
+    )
     assert lines[3].split()[:5] == ["96x128", "2", "128", "1", "1"]
     assert len(lines) == 2 + 1 + 2 * 2 * 2 * 2
     told = json.loads(run(*given, "--json")[1].splitlines()[-1])
     assert [c["threads"] for c in told["ceilings"]] == [1, 2]
+    assert set(told["ceilings"][0]) == {"threads", "read_gb_s", "read_streams", "multiply_gops"}
+    assert {c["read_streams"] for c in told["ceilings"]} <= {1, 2, 3}
     assert len(told["rows"]) == 16
     assert set(told["rows"][0]) == {
         "shape", "bits", "group_size", "threads", "rows",

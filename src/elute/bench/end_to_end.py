@@ -15,6 +15,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from elute.bench.ceilings import Ceilings, median_ceilings
 from elute.errors import BudgetError
 from elute.runtime.session import Executor
 from elute.types import I32
@@ -39,14 +40,6 @@ class SpeedTest:
     @property
     def n_tokens(self) -> int:
         return self.n_prompt or self.n_gen
-
-
-@dataclass(frozen=True)
-class Ceilings:
-    """What the machine could do at most with as many threads, in the minutes of a test."""
-
-    read_gb_s: float
-    multiply_gops: float
 
 
 @dataclass(frozen=True)
@@ -182,39 +175,3 @@ def random_tokens(n: int, vocabulary: int) -> I32:
 def run_generation(executor: Executor, tokens: I32, first: int) -> None:
     for i in range(len(tokens)):
         executor.forward(tokens[i : i + 1], first + i)
-
-
-class MeasuredCeilings:
-    """Reads memory in order and multiplies in registers, the best of a few passes of some 10 ms.
-
-    A run takes seconds, a pass is over before another program has had its turn: one alone may say
-    less than the machine did. Keeps its memory.
-    """
-
-    PASSES = 3
-
-    def __init__(self, isa: str) -> None:
-        from elute.bench.kernels import default_arena_bytes
-
-        self._isa = isa
-        # Written, not merely reserved: reading untouched pages reads one page of zeros.
-        self._data = np.ones(default_arena_bytes(), np.uint8)
-
-    def __call__(self, n_threads: int) -> Ceilings:
-        from elute import _native
-
-        passes = range(self.PASSES)
-        return Ceilings(
-            read_gb_s=max(_native.read_gb_s(self._isa, n_threads, self._data) for _ in passes),
-            multiply_gops=max(_native.multiply_gops(self._isa, n_threads) for _ in passes),
-        )
-
-
-def median_ceilings(measured: Sequence[Ceilings]) -> Ceilings | None:
-    """Each figure by itself; None of nothing."""
-    if not measured:
-        return None
-    return Ceilings(
-        read_gb_s=statistics.median(m.read_gb_s for m in measured),
-        multiply_gops=statistics.median(m.multiply_gops for m in measured),
-    )

@@ -2,9 +2,8 @@
 
 Decode is one row by lookup, prefill is several by dequantize and multiply. Every matrix is repeated
 over an arena larger than the caches and each product takes the next copy, so weights come from
-memory as in a model. Before each timing the ceilings are measured, with as many threads: reading
-the arena in order, and int8 multiply-adds on registers. Cases take turns, so that a disturbance of
-the machine hits all alike.
+memory as in a model. Before each timing the ceilings are measured, with as many threads, reading
+the same arena. Cases take turns, so that a disturbance of the machine hits all alike.
 """
 
 from __future__ import annotations
@@ -12,11 +11,12 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import numpy as np
 
 from elute import _native
+from elute.bench import ceilings
+from elute.bench.ceilings import Ceilings, measured_ceilings, median_ceilings
 from elute.errors import BudgetError, DeviceError, ShapeError
 from elute.pack.quads import check_groups, planes_bytes
 from elute.types import F16, F32, OVER_READ, PANEL, U8
@@ -28,8 +28,6 @@ SHAPES = {
     "bitnet-3b": ((3200, 3200), (8640, 3200), (3200, 8640)),
     "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
 }
-LEAST_ARENA_BYTES = 256 << 20
-L3_SIZES_IN_ARENA = 4
 PAGE_BYTES = 4096  # where the packed directory, too, starts a matrix
 # Multiplies and adds of one timing of several rows: some 10 ms, long against a thread's wake-up.
 PREFILL_OPERATIONS = 2_000_000_000
@@ -94,20 +92,10 @@ class KernelSpeed:
     peak_share: float
 
 
-@dataclass(frozen=True)
-class Ceiling:
-    """Of all threads together, medians over the whole run."""
-
-    threads: int
-    read_gb_s: float
-    multiply_gops: float
-
-
 @dataclass
 class _Samples:
     seconds: list[float] = field(default_factory=list)
-    read_gb_s: list[float] = field(default_factory=list)
-    multiply_gops: list[float] = field(default_factory=list)
+    ceilings: list[Ceilings] = field(default_factory=list)
 
 
 class _Arena:
@@ -151,8 +139,8 @@ def bench_kernels(
     repeats: int = 5,
     arena_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
-) -> tuple[list[KernelSpeed], list[Ceiling]]:
-    """Speed of every case and the ceilings of every thread count, medians over `repeats` rounds.
+) -> tuple[list[KernelSpeed], dict[int, Ceilings]]:
+    """Speed of every case and the ceilings by thread count, medians over `repeats` rounds.
 
     arena_bytes  memory that a round of products goes through; default_arena_bytes() when None
     progress     is called with (timings done, timings in all)
@@ -166,7 +154,9 @@ def bench_kernels(
             f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(_native.isas())}"
         )
     _check(cases, repeats)
-    arena = _Arena(cases, default_arena_bytes() if arena_bytes is None else arena_bytes)
+    if arena_bytes is None:
+        arena_bytes = ceilings.default_arena_bytes()
+    arena = _Arena(cases, arena_bytes)
     samples = [_Samples() for _ in cases]
     done = 0
     try:
@@ -180,16 +170,6 @@ def bench_kernels(
         raise DeviceError(str(error)) from None
     speeds = [_speed(case, sample) for case, sample in zip(cases, samples, strict=True)]
     return speeds, _ceilings(cases, samples)
-
-
-def default_arena_bytes() -> int:
-    """So much that no cache of this machine keeps a copy until its next turn."""
-    path = Path("/sys/devices/system/cpu/cpu0/cache/index3/size")
-    try:
-        l3_bytes = int(path.read_text().strip().removesuffix("K")) << 10
-    except (OSError, ValueError):
-        l3_bytes = 0  # unknown here, or there is none
-    return max(LEAST_ARENA_BYTES, L3_SIZES_IN_ARENA * l3_bytes)
 
 
 def _check(cases: Sequence[Case], repeats: int) -> None:
@@ -213,10 +193,11 @@ def _check(cases: Sequence[Case], repeats: int) -> None:
 
 def _measure(case: Case, sample: _Samples, isa: str, arena: _Arena) -> None:
     planes, scales = arena.matrices(case)
-    sample.read_gb_s.append(_native.read_gb_s(isa, case.threads, arena.planes))
-    sample.multiply_gops.append(_native.multiply_gops(isa, case.threads))
-    decode = case.rows == 1
-    products = len(planes) if decode else max(1, PREFILL_OPERATIONS // case.operations)
+    sample.ceilings.append(measured_ceilings(isa, case.threads, arena.planes))
+    # Never a copy twice, which might still be in a cache.
+    products = len(planes)
+    if case.rows > 1:
+        products = min(products, max(1, PREFILL_OPERATIONS // case.operations))
     seconds, _ = _native.matmul_seconds(
         isa,
         case.threads,
@@ -243,6 +224,7 @@ def random_activations(rows: int, k: int) -> F32:
 def _speed(case: Case, sample: _Samples) -> KernelSpeed:
     seconds = statistics.median(sample.seconds)
     gb_s, gops = case.n_bytes / seconds / 1e9, case.operations / seconds / 1e9
+    limits = _median(sample.ceilings)
     return KernelSpeed(
         shape=f"{case.n}x{case.k}",
         bits=case.bits,
@@ -251,21 +233,22 @@ def _speed(case: Case, sample: _Samples) -> KernelSpeed:
         rows=case.rows,
         ms=seconds * 1e3,
         gb_s=gb_s,
-        bandwidth_share=gb_s / statistics.median(sample.read_gb_s),
+        bandwidth_share=gb_s / limits.read_gb_s,
         gops=gops,
-        peak_share=gops / statistics.median(sample.multiply_gops),
+        peak_share=gops / limits.multiply_gops,
     )
 
 
-def _ceilings(cases: Sequence[Case], samples: Sequence[_Samples]) -> list[Ceiling]:
-    ceilings = []
+def _ceilings(cases: Sequence[Case], samples: Sequence[_Samples]) -> dict[int, Ceilings]:
+    found = {}
     for threads in dict.fromkeys(case.threads for case in cases):
         own = [s for case, s in zip(cases, samples, strict=True) if case.threads == threads]
-        ceilings.append(
-            Ceiling(
-                threads=threads,
-                read_gb_s=statistics.median(x for s in own for x in s.read_gb_s),
-                multiply_gops=statistics.median(x for s in own for x in s.multiply_gops),
-            )
-        )
-    return ceilings
+        found[threads] = _median([measured for s in own for measured in s.ceilings])
+    return found
+
+
+def _median(measured: Sequence[Ceilings]) -> Ceilings:
+    """Of at least one."""
+    median = median_ceilings(measured)
+    assert median is not None
+    return median

@@ -19,7 +19,8 @@ DIGITS = 4  # after the point, in what is not a whole number
 def row(subject: Subject, speed: Speed, *, isa: str) -> dict[str, Any]:
     """One test at one thread count, as an object of `llama-bench -o json` with additions.
 
-    bandwidth_share  of tg: bytes_per_token at this rate, as a share of read_gb_s
+    bandwidth_share  of tg: bytes_per_token at this rate, as a share of read_gb_s, which is what
+                     each thread reads in read_streams streams
     peak_share       of pp: multiplies and adds with weights, as a share of multiply_gops
     """
     test = speed.test
@@ -46,6 +47,7 @@ def row(subject: Subject, speed: Speed, *, isa: str) -> dict[str, Any]:
     }
     if speed.ceilings is not None:
         found["read_gb_s"] = round(speed.ceilings.read_gb_s, DIGITS)
+        found["read_streams"] = speed.ceilings.read_streams
         found["multiply_gops"] = round(speed.ceilings.multiply_gops, DIGITS)
     for key, value in (
         ("bytes_per_token", bytes_per_token(subject, speed)),

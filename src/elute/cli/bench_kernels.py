@@ -10,7 +10,8 @@ import click
 from elute.cli import options
 
 if TYPE_CHECKING:
-    from elute.bench.kernels import Ceiling, KernelSpeed
+    from elute.bench.ceilings import Ceilings
+    from elute.bench.kernels import KernelSpeed
 
 DIGITS = 4  # after the point, in --json
 
@@ -57,8 +58,9 @@ def command(
     """Measure the matmul kernels on random matrices out of cache.
 
     Each row also shows its share of the ceilings, measured in between with as many threads: reading
-    memory in order, and int8 multiply-adds on registers. Bytes are planes and scales, each once a
-    product; an operation is a multiply or an add. Figures are medians.
+    memory in order, in one to three streams a thread, whichever is fastest, and int8 multiply-adds
+    on registers. Bytes are planes and scales, each once a product; an operation is a multiply or an
+    add. Figures are medians.
     """
     from elute.bench.kernels import Case, bench_kernels
     from elute.cli.screen import Screen, answer_json
@@ -82,8 +84,8 @@ def command(
             {
                 "isa": isa or _best_isa(),
                 "repeats": repeats,
-                "ceilings": [_rounded(ceiling) for ceiling in ceilings],
-                "rows": [_rounded(speed) for speed in speeds],
+                "ceilings": [_ceilings_json(*each) for each in ceilings.items()],
+                "rows": [_rounded(dataclasses.asdict(speed)) for speed in speeds],
             }
         )
         return
@@ -115,19 +117,29 @@ def _best_isa() -> str:
     return best_isa()
 
 
-def _rounded(figures: KernelSpeed | Ceiling) -> dict[str, object]:
+def _ceilings_json(n_threads: int, ceilings: Ceilings) -> dict[str, object]:
+    return _rounded(
+        {
+            "threads": n_threads,
+            "read_gb_s": ceilings.read_gb_s,
+            "read_streams": ceilings.read_streams,
+            "multiply_gops": ceilings.multiply_gops,
+        }
+    )
+
+
+def _rounded(figures: dict[str, object]) -> dict[str, object]:
     return {
         key: round(value, DIGITS) if isinstance(value, float) else value
-        for key, value in dataclasses.asdict(figures).items()
+        for key, value in figures.items()
     }
 
 
-def _print(speeds: list[KernelSpeed], ceilings: list[Ceiling]) -> None:
-    for ceiling in ceilings:
-        click.echo(
-            f"ceilings of {ceiling.threads} thread{'s'[: ceiling.threads - 1]}: "
-            f"read {ceiling.read_gb_s:.1f} GB/s, multiply {ceiling.multiply_gops:.0f} GOPS"
-        )
+def _print(speeds: list[KernelSpeed], ceilings: dict[int, Ceilings]) -> None:
+    from elute.cli.bench_report import ceilings_line
+
+    for n_threads, limits in ceilings.items():
+        click.echo(ceilings_line(n_threads, limits))
     click.echo(
         f"{'shape':<14}{'bits':>5}{'group':>7}{'threads':>9}{'rows':>6}{'ms':>10}{'GB/s':>8}"
         f"{'of read':>9}{'GOPS':>8}{'of peak':>9}"

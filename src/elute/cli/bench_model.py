@@ -114,7 +114,8 @@ def command(
     pp512 is a prompt, tg128 is generation, @d4096 behind 4096 cached tokens. Thread counts take
     turns within each repeat; figures are medians, with the best and the worst. Beside each stands
     its share of a ceiling that is measured in between: of tg, bytes a token over the bandwidth of
-    reading memory in order; of pp, multiplies and adds with weights over the peak of int8.
+    reading memory in order, in one to three streams a thread, whichever is fastest; of pp,
+    multiplies and adds with weights over the peak of int8.
 
     With --versus, runs of the other program take turns with ours on the same weights, or on random
     ones of the same shape, and the ratio is the median over neighbouring runs.
@@ -122,7 +123,8 @@ def command(
     Results of --json are rows as of llama-bench -o json, with keys of our own.
     """
     from elute.bench import record as records
-    from elute.bench.end_to_end import MeasuredCeilings, bench, context_of, speed_tests
+    from elute.bench.ceilings import MeasuredCeilings
+    from elute.bench.end_to_end import bench, context_of, speed_tests
     from elute.bench.random_weights import check_memory
     from elute.cli.bench_report import print_table, told
     from elute.cli.screen import Screen, answer_json

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 if TYPE_CHECKING:
+    from elute.bench.ceilings import Ceilings
     from elute.bench.end_to_end import Speed
     from elute.bench.llama_cpp import LlamaCpp
     from elute.bench.subject import Subject
@@ -57,15 +58,21 @@ def print_table(
 
 def _print_ceilings(speeds: Sequence[Speed]) -> None:
     """Of one thread count, medians over the tests."""
-    from elute.bench.end_to_end import median_ceilings
+    from elute.bench.ceilings import median_ceilings
 
-    n_threads = speeds[0].n_threads
     ceilings = median_ceilings([s.ceilings for s in speeds if s.ceilings is not None])
     if ceilings is not None:
-        click.echo(
-            f"ceilings of {n_threads} thread{'s'[: n_threads - 1]}: "
-            f"read {ceilings.read_gb_s:.1f} GB/s, multiply {ceilings.multiply_gops:.0f} GOPS"
-        )
+        click.echo(ceilings_line(speeds[0].n_threads, ceilings))
+
+
+def ceilings_line(n_threads: int, ceilings: Ceilings) -> str:
+    """What bounds the figures below it, and how many streams it took each thread to read that."""
+    streams = ceilings.read_streams
+    return (
+        f"ceilings of {n_threads} thread{'s'[: n_threads - 1]}: "
+        f"read {ceilings.read_gb_s:.1f} GB/s in {streams} stream{'s'[: streams - 1]} each, "
+        f"multiply {ceilings.multiply_gops:.0f} GOPS"
+    )
 
 
 def _line(subject: Subject, speed: Speed) -> str:
