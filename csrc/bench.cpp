@@ -3,7 +3,9 @@
 #include <algorithm>
 #include <atomic>
 #include <chrono>
+#include <cstring>
 
+#include "matmul_rows.h"
 #include "thread_pool.h"
 
 namespace elute {
@@ -61,6 +63,20 @@ double operations_a_nanosecond(int n_threads, float (*work)(int64_t), int multip
   return 2.0 * multiply_adds_per_step * double(n_steps) * n_threads / seconds / 1e9;
 }
 
+// Executor::multiply_all: rows of a panel that a chunk of products holds.
+constexpr int kResultRows = 256;
+
+// The panels of w as a matrix of their own.
+MatrixView part_of(const MatrixView& w, Range panels) {
+  MatrixView part = w;
+  part.n = std::min(w.n, panels.end * kPanel) - panels.begin * kPanel;
+  part.planes += panels.begin * w.panel_bytes();
+  const int64_t halves = int64_t{panels.begin} * w.n_groups() * kPanel;
+  part.scales += halves;
+  if (w.offsets) part.offsets += halves;
+  return part;
+}
+
 }  // namespace
 
 Read read(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes, int n_streams) {
@@ -89,20 +105,35 @@ double fma_gflops(const KernelTable& kernels, int n_threads) {
 
 std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, const std::vector<MatrixView>& copies,
                                    const Activations& x, int repeats, float* y) {
-  const int n = copies[0].n;
+  const int n = copies[0].n, n_panels = copies[0].n_panels(), n_rows = x.rows;
+  const bool lookup = x.view.tables != nullptr, alone = n_threads == 1;
+  const int most = std::max(1, kResultRows / n_rows);  // panels of a chunk
+  const int n_chunks = alone ? 1 : std::max(chunks(n_panels, n_threads), (n_panels + most - 1) / most);
   std::vector<AlignedArray<uint8_t>> scratch(n_threads);
-  if (x.rows > 1)
-    for (auto& codes : scratch) codes = aligned<uint8_t>(gemm_scratch_bytes(x.rows));
-  const int n_chunks = chunks(copies[0].n_panels(), n_threads);
+  std::vector<AlignedArray<float>> results(n_threads);
+  for (int thread = 0; thread < n_threads; ++thread) {
+    if (!lookup) scratch[thread] = aligned<uint8_t>(gemm_scratch_bytes(n_rows));
+    if (!alone) results[thread] = aligned<float>(int64_t{std::max(kResultRows, n_rows)} * kPanel);
+  }
+  const auto multiply = [&](const MatrixView& w, float* to, int thread) {
+    const Range all{0, w.n_panels()};
+    if (lookup) matmul_by_lookup(*kernels.matmul, w, x.view, n_rows, all, nullptr, to, w.n);
+    else matmul_by_multiply(*kernels.matmul, w, x.view, n_rows, all, nullptr, to, w.n, scratch[thread].get());
+  };
   return timed(n_threads, repeats, [&](Walk& walk, int i) {
     const MatrixView& w = copies[i % copies.size()];
-    walk.share(n_chunks, [&](int chunk) {
-      const Range panels = share(w.n_panels(), chunk, n_chunks);
-      if (x.rows == 1) kernels.matmul->lut_matmul(w, x.view, panels.begin, panels.end, nullptr, y);
-      else
-        kernels.matmul->lut_gemm(w, x.view, x.rows, panels.begin, panels.end, nullptr, y, n,
-                                 scratch[walk.thread()].get());
-    });
+    float* const own = results[walk.thread()].get();
+    const auto compute = [&](int chunk) {
+      multiply(part_of(w, share(n_panels, chunk, n_chunks)), alone ? y : own, walk.thread());
+    };
+    const auto publish = [&](int chunk) {
+      if (alone) return;
+      const Range panels = share(n_panels, chunk, n_chunks);
+      const int width = part_of(w, panels).n;
+      for (int r = 0; r < n_rows; ++r)
+        std::memcpy(y + int64_t{r} * n + panels.begin * kPanel, own + int64_t{r} * width, width * sizeof(float));
+    };
+    walk.share(n_chunks, compute, publish);
   });
 }
 

@@ -22,8 +22,9 @@ double multiply_gops(const KernelTable& kernels, int n_threads);
 // The same of f32.
 double fma_gflops(const KernelTable& kernels, int n_threads);
 
-// Seconds of each of `repeats` products y[M, N] = x @ w.T, the i-th with copies[i % size], all of one shape: by lookup for
-// one row, by dequantize and multiply for more. x is quantized before the clock starts. y f32 [M, N]: the last product.
+// Seconds of each of `repeats` products y[M, N] = x @ w.T, the i-th with copies[i % size], all of one shape: by lookup
+// where x has tables, else by multiply, cut into chunks as the executor cuts them. x is quantized before the clock
+// starts. y f32 [M, N]: the last product.
 std::vector<double> matmul_seconds(const KernelTable& kernels, int n_threads, const std::vector<MatrixView>& copies,
                                    const Activations& x, int repeats, float* y);
 

@@ -19,10 +19,14 @@ void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const A
       kernels.lut_matmul(w, x.from_row(r), panel, panel + step, bias, y + r * ldy);
 }
 
+bool multiplies_directly(const MatmulKernels& kernels, int n_rows) {
+  return kernels.lut_multiply && n_rows <= kMostDirectRows;
+}
+
 void matmul_by_multiply(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
                         Range panels, const float* bias, float* y, int64_t ldy, uint8_t* scratch) {
   if (panels.begin >= panels.end) return;
-  if (kernels.lut_multiply && n_rows <= kMostDirectRows)
+  if (multiplies_directly(kernels, n_rows))
     return kernels.lut_multiply(w, x, n_rows, panels.begin, panels.end, bias, y, ldy);
   kernels.lut_gemm(w, x, n_rows, panels.begin, panels.end, bias, y, ldy, scratch);
 }

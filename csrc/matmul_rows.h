@@ -16,4 +16,7 @@ void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const A
 void matmul_by_multiply(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
                         Range panels, const float* bias, float* y, int64_t ldy, uint8_t* scratch);
 
+// Whether that takes lut_multiply, which wants no scratch; else it is lut_gemm.
+bool multiplies_directly(const MatmulKernels& kernels, int n_rows);
+
 }  // namespace elute

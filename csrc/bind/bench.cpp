@@ -2,6 +2,7 @@
 #include "bench.h"
 
 #include "bind/bind.h"
+#include "matmul_rows.h"
 
 namespace elute {
 namespace {
@@ -89,7 +90,7 @@ void bind_bench(nb::module_& m) {
       "matmul_seconds",
       [](const std::string& isa, int n_threads, const ArrayIn<float, 2>& x, const ArrayIn<uint8_t, 2>& planes,
          const HalvesOfCopies& scales, const std::optional<HalvesOfCopies>& offsets, int n, int bits, int group_size,
-         int zero, const std::string& affine, int repeats) {
+         int zero, const std::string& affine, int repeats, bool lookup) {
         const KernelTable& kernels = kernels_named(isa);
         check_threads(n_threads);
         constexpr size_t kMostRows = 1 << 20;
@@ -105,14 +106,18 @@ void bind_bench(nb::module_& m) {
         std::vector<double> seconds;
         {
           nb::gil_scoped_release release;
-          const Activations activations(kernels, x.data(), rows, k, rows == 1);
+          const Activations activations(kernels, x.data(), rows, k, lookup);
           seconds = matmul_seconds(kernels, n_threads, copies, activations, repeats, y.get());
         }
-        return nb::make_tuple(seconds, owned_array(std::move(y), {size_t(rows), size_t(n)}));
+        const char* kernel = lookup                                        ? "lut_matmul"
+                             : multiplies_directly(*kernels.matmul, rows) ? "lut_multiply"
+                                                                          : "lut_gemm";
+        return nb::make_tuple(seconds, owned_array(std::move(y), {size_t(rows), size_t(n)}), kernel);
       },
       nb::arg("isa"), nb::arg("n_threads"), nb::arg("x"), nb::arg("planes"), nb::arg("scales"),
       nb::arg("offsets").none(), nb::arg("n"), nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"),
-      nb::arg("affine"), nb::arg("repeats"), "-> (seconds of each product, the last y f32 [M, N])");
+      nb::arg("affine"), nb::arg("repeats"), nb::arg("lookup"),
+      "-> (seconds of each product, the last y f32 [M, N], the name of the kernel)");
 }
 
 }  // namespace elute

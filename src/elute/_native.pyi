@@ -186,5 +186,7 @@ def matmul_seconds(
     zero: int,
     affine: str,
     repeats: int,
-) -> tuple[list[float], _F32]:
-    """planes u8 [copies, bytes + padding], scales f16 [copies, n_panels, groups, PANEL]"""
+    lookup: bool,
+) -> tuple[list[float], _F32, str]:
+    """planes u8 [copies, bytes + padding], scales f16 [copies, n_panels, groups, PANEL]
+    -> seconds of each product, the last y, the name of the kernel"""

@@ -9,10 +9,12 @@ from elute.bench.ceilings import Ceilings
 from elute.bench.kernels import Case, bench_kernels
 from elute.errors import BudgetError, DeviceError, ShapeError
 from elute.kernels.lut_matmul import reference
+from elute.kernels.registry import Choice
 from elute.types import OVER_READ, Affine, PackedMatrix
 
 ARENA_BYTES = 1 << 20
 RUN = 128  # bytes that a stream reads at a time
+ISA = _native.best_isa()
 CASE = Case(n=96, k=128, bits=2, group_size=64, rows=1, threads=1)
 
 
@@ -44,6 +46,83 @@ def test_every_case_has_a_row_and_every_thread_count_its_ceilings():
     assert all(c.read_gb_s > 0 and c.multiply_gops > 0 for c in ceilings.values())
 
 
+@pytest.mark.parametrize("affine", Affine)
+def test_bytes_count_offsets_where_there_are_some(affine):
+    ((speed,), _) = bench_kernels(
+        [dataclasses.replace(CASE, affine=affine)], repeats=1, arena_bytes=ARENA_BYTES
+    )
+    assert speed.affine == affine
+    scales_bytes = 2 * 96 * 128 // 64
+    n_bytes = 96 * 128 * 2 // 8 + scales_bytes * (1 if affine is Affine.SYMMETRIC else 2)
+    assert speed.gb_s == pytest.approx(n_bytes / speed.ms / 1e6)
+
+
+def spy(monkeypatch, name):
+    """Arguments of every call of a native function, which still runs."""
+    calls, native = [], getattr(_native, name)
+
+    def called(*arguments):
+        calls.append(arguments)
+        return native(*arguments)
+
+    monkeypatch.setattr(_native, name, called)
+    return calls
+
+
+@pytest.mark.parametrize("affine", Affine)
+def test_the_matrices_have_the_affine_map_of_the_case(monkeypatch, affine):
+    calls = spy(monkeypatch, "matmul_seconds")
+    # the smaller one first: its copies are more
+    cases = [dataclasses.replace(CASE, n=n, affine=affine) for n in (32, 96)]
+    bench_kernels(cases, repeats=1, arena_bytes=ARENA_BYTES)
+    for case, call in zip(cases, calls, strict=True):
+        planes, scales, offsets, zero, told = call[3], call[4], call[5], call[9], call[10]
+        assert told == affine
+        assert len(planes) == len(scales) == ARENA_BYTES // 4096
+        if affine is Affine.SYMMETRIC:
+            assert offsets is None
+            assert zero == 2
+        else:
+            assert offsets.shape == scales.shape == (len(planes), case.n // 32, 2, 32)
+            assert not np.shares_memory(offsets, scales)
+            assert zero == 0
+
+
+def multiplying(rows):
+    """The kernel that multiplies so many rows on this CPU."""
+    return "lut_multiply" if _native.multiplies_directly(ISA) and rows <= 8 else "lut_gemm"
+
+
+@pytest.mark.parametrize("rows", [1, 8, 9])
+def test_a_forced_kernel_runs_and_is_named(rows):
+    cases = [dataclasses.replace(CASE, rows=rows)]
+    named = {}
+    for kernel in ("lookup", "multiply"):
+        ((speed,), _) = bench_kernels(cases, kernel=kernel, repeats=1, arena_bytes=ARENA_BYTES)
+        named[kernel] = speed.kernel
+    assert named == {"lookup": "lut_matmul", "multiply": multiplying(rows)}
+
+
+def test_auto_takes_what_the_race_found_for_the_bits_and_the_rows(monkeypatch):
+    found = {2: Choice(2, lookup_rows=3), 4: Choice(4, lookup_rows=0)}
+    asked = []
+
+    def choose(isa, widths, kernel):
+        asked.append((isa, set(widths), kernel))
+        return found
+
+    monkeypatch.setattr(kernels.registry, "choose", choose)
+    cases = [
+        dataclasses.replace(CASE, bits=bits, rows=rows)
+        for bits, rows in ((2, 1), (2, 3), (2, 4), (4, 1), (4, 100))
+    ]
+    speeds, _ = bench_kernels(cases, repeats=1, arena_bytes=ARENA_BYTES)
+    assert asked == [(ISA, {2, 4}, "auto")]
+    assert [speed.kernel for speed in speeds] == [
+        "lut_matmul", "lut_matmul", multiplying(4), multiplying(1), multiplying(100),
+    ]  # fmt: skip
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "told"),
     [
@@ -60,11 +139,13 @@ def test_a_case_that_cannot_be_measured_is_refused(changes, error, told):
         bench_kernels([dataclasses.replace(CASE, **changes)], arena_bytes=ARENA_BYTES)
 
 
-def test_no_case_and_unknown_instruction_sets_are_refused():
+def test_no_case_and_unknown_choices_are_refused():
     with pytest.raises(ShapeError, match="found 0 cases and 5 repeats"):
         bench_kernels([])
     with pytest.raises(DeviceError, match="found 'mmx', wanted one that this CPU runs"):
         bench_kernels([CASE], isa="mmx")
+    with pytest.raises(DeviceError, match="kernel: found 'magic', wanted one of auto, lookup"):
+        bench_kernels([CASE], kernel="magic")
 
 
 def test_shapes_of_known_models_can_be_packed():
@@ -96,14 +177,16 @@ def random_copies(n_copies: int) -> dict:
 
 
 @pytest.mark.parametrize("isa", _native.isas())
-@pytest.mark.parametrize("rows", [1, 4])
+@pytest.mark.parametrize("rows", [1, 4, 300])  # 300: more than a chunk of several panels may hold
 @pytest.mark.parametrize("threads", [1, 3])
-def test_the_timed_product_is_the_reference_s(isa, rows, threads):
+@pytest.mark.parametrize("lookup", [True, False])
+def test_the_timed_product_is_the_reference_s(isa, rows, threads, lookup):
     given = random_copies(2)
     x = kernels.random_activations(rows, 144)
-    seconds, y = _native.matmul_seconds(isa, threads, x, **given)
+    seconds, y, kernel = _native.matmul_seconds(isa, threads, x, **given, lookup=lookup)
     assert len(seconds) == 3
     assert all(s > 0 for s in seconds)
+    assert (kernel == "lut_matmul") == lookup
     # The third product takes the first of the two copies again.
     matrix = PackedMatrix(
         (40, 144), given["planes"][0][:-OVER_READ], given["scales"][0], given["offsets"][0],
@@ -148,7 +231,7 @@ def test_the_peak_is_positive(isa):
 )
 def test_wrong_arguments_of_a_timing_are_refused_in_a_sentence(changes, told):
     given = {"isa": "scalar", "n_threads": 1, "x": np.zeros((1, 144), np.float32)}
-    given |= random_copies(1) | changes
+    given |= random_copies(1) | {"lookup": True} | changes
     with pytest.raises(ValueError, match=told):
         _native.matmul_seconds(**given)
 

@@ -204,23 +204,50 @@ def test_bench_kernels_shows_a_row_a_case_beside_the_ceilings(run, monkeypatch):
         r"multiply \d+ GOPS",
         lines[0],
     )
-    assert lines[3].split()[:5] == ["96x128", "2", "128", "1", "1"]
+    assert lines[3].split()[:6] == ["96x128", "2", "128", "symmetric", "1", "1"]
+    assert lines[3].split()[6] in KERNELS
     assert len(lines) == 2 + 1 + 2 * 2 * 2 * 2
     told = json.loads(run(*given, "--json")[1].splitlines()[-1])
+    assert told["kernel"] == "auto"
     assert [c["threads"] for c in told["ceilings"]] == [1, 2]
     assert set(told["ceilings"][0]) == {"threads", "read_gb_s", "read_streams", "multiply_gops"}
     assert {c["read_streams"] for c in told["ceilings"]} <= {1, 2, 3}
     assert len(told["rows"]) == 16
     assert set(told["rows"][0]) == {
-        "shape", "bits", "group_size", "threads", "rows",
+        "shape", "bits", "group_size", "affine", "threads", "rows", "kernel",
         "ms", "gb_s", "bandwidth_share", "gops", "peak_share",
     }  # fmt: skip
+
+
+KERNELS = ("lut_matmul", "lut_multiply", "lut_gemm")
+
+
+def bench_rows(run, *given):
+    """The rows of `elute bench kernels --json`, one thread and one repeat."""
+    code, out, err = run("bench", "kernels", "-t", 1, "--repeats", 1, "--json", *given)
+    assert code == 0, err
+    return json.loads(out.splitlines()[-1])["rows"]
+
+
+def test_bench_kernels_obeys_kernel_and_affine(run, monkeypatch):
+    monkeypatch.setattr("elute.bench.ceilings.default_arena_bytes", lambda: 1 << 20)
+    sizes = ("--shape", "96x128", "--bits", 4, "--rows", "1,20")
+    looked_up = bench_rows(run, *sizes, "--kernel", "lookup", "--affine", "min")
+    assert [(r["kernel"], r["affine"], r["rows"]) for r in looked_up] == [
+        ("lut_matmul", "min", 1), ("lut_matmul", "min", 20),
+    ]  # fmt: skip
+    multiplied = bench_rows(run, *sizes, "--kernel", "multiply")
+    assert [r["kernel"] in KERNELS[1:] for r in multiplied] == [True, True]
+    assert multiplied[1]["kernel"] == "lut_gemm"
+    assert {r["affine"] for r in multiplied} == {"symmetric"}
 
 
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
         ("--bits", "0", "found '0' in --bits, wanted numbers from 1 to 8"),
+        ("--kernel", "magic", "'magic' is not one of 'auto', 'lookup', 'multiply'"),
+        ("--affine", "max", "'max' is not one of 'symmetric', 'zero', 'min'"),
         ("--rows", "many", "found 'many' in --rows, wanted numbers from 1"),
         ("--shape", "4096", "found '4096' in --shape, wanted sizes such as 4096x4096"),
     ],

@@ -1,15 +1,16 @@
 """Speed of the matmul kernels on random matrices, and what bounds it. Prints nothing.
 
-Decode is one row by lookup, prefill is several by dequantize and multiply. Every matrix is repeated
-over an arena larger than the caches and each product takes the next copy, so weights come from
-memory as in a model. Before each timing the ceilings are measured, with as many threads, reading
-the same arena. Cases take turns, so that a disturbance of the machine hits all alike.
+Decode is one row, prefill is several; which kernel multiplies them is the engine's own choice
+(elute.kernels.registry). Every matrix is repeated over an arena larger than the caches and each
+product takes the next copy, so weights come from memory as in a model. Before each timing the
+ceilings are measured, with as many threads, reading the same arena. Cases take turns, so that a
+disturbance of the machine hits all alike.
 """
 
 from __future__ import annotations
 
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,10 @@ from elute import _native
 from elute.bench import ceilings
 from elute.bench.ceilings import Ceilings, measured_ceilings, median_ceilings
 from elute.errors import BudgetError, DeviceError, ShapeError
+from elute.kernels import registry
+from elute.kernels.registry import Choice, Kernel
 from elute.pack.quads import check_groups, planes_bytes
-from elute.types import F16, F32, OVER_READ, PANEL, U8
+from elute.types import F16, F32, OVER_READ, PANEL, U8, Affine
 
 # The distinct [N, K] of a layer: query and output, key and value, gate and up, down.
 SHAPES = {
@@ -44,6 +47,7 @@ class Case:
     group_size: int
     rows: int
     threads: int
+    affine: Affine = Affine.SYMMETRIC
 
     @property
     def columns_per_scale(self) -> int:
@@ -58,9 +62,18 @@ class Case:
         return self.n_panels, self.k // self.columns_per_scale, PANEL
 
     @property
+    def n_scales(self) -> int:
+        return int(np.prod(self.scales_shape))
+
+    @property
+    def has_offsets(self) -> bool:
+        return self.affine is not Affine.SYMMETRIC
+
+    @property
     def n_bytes(self) -> int:
-        """What a product reads of the matrix: planes and scales."""
-        return planes_bytes(self.n, self.k, self.bits) + 2 * int(np.prod(self.scales_shape))
+        """What a product reads of the matrix: planes, scales and offsets."""
+        halves = self.n_scales * (2 if self.has_offsets else 1)
+        return planes_bytes(self.n, self.k, self.bits) + 2 * halves
 
     @property
     def stride_bytes(self) -> int:
@@ -75,16 +88,19 @@ class Case:
 
 @dataclass(frozen=True)
 class KernelSpeed:
-    """Of one case. gb_s counts planes and scales once a product; gops multiplies and adds.
+    """Of one case. gb_s counts n_bytes of the case once a product; gops multiplies and adds.
 
+    kernel  that ran: lut_matmul looks rows up, lut_multiply and lut_gemm multiply them
     Shares are of the ceilings measured right before this case's own timings.
     """
 
     shape: str
     bits: int
     group_size: int
+    affine: str
     threads: int
     rows: int
+    kernel: str
     ms: float
     gb_s: float
     bandwidth_share: float
@@ -94,31 +110,39 @@ class KernelSpeed:
 
 @dataclass
 class _Samples:
+    kernel: str = ""
     seconds: list[float] = field(default_factory=list)
     ceilings: list[Ceilings] = field(default_factory=list)
 
 
 class _Arena:
-    """Random planes and scales that every case cuts its copies from."""
+    """Random planes, scales and offsets that every case cuts its copies from."""
 
     def __init__(self, cases: Sequence[Case], n_bytes: int) -> None:
         self.n_bytes = max(n_bytes, *(case.stride_bytes for case in cases))
-        n_halves = max(self._copies(case) * int(np.prod(case.scales_shape)) for case in cases)
-        self._check_memory(self.n_bytes + 2 * n_halves)
+        n_scales = max(self._copies(case) * case.n_scales for case in cases)
+        n_offsets = max(self._copies(case) * case.n_scales * case.has_offsets for case in cases)
+        self._check_memory(self.n_bytes + 2 * (n_scales + n_offsets))
         random = np.random.Generator(np.random.PCG64(0))
+
+        def halves(count: int) -> F16:
+            bits = random.integers(F16_FROM, F16_BELOW, count, dtype=np.uint16)
+            return bits.view(np.float16)
+
         self.planes: U8 = random.integers(0, 256, self.n_bytes, dtype=np.uint8)
-        bits = random.integers(F16_FROM, F16_BELOW, n_halves, dtype=np.uint16)
-        self._scales: F16 = bits.view(np.float16)
+        self._scales, self._offsets = halves(n_scales), halves(n_offsets)
 
     def _copies(self, case: Case) -> int:
         return self.n_bytes // case.stride_bytes
 
-    def matrices(self, case: Case) -> tuple[U8, F16]:
-        """-> planes u8 [copies, stride_bytes], scales f16 [copies, n_panels, groups, PANEL]."""
+    def matrices(self, case: Case) -> tuple[U8, F16, F16 | None]:
+        """-> planes u8 [copies, stride_bytes], scales f16 [copies, n_panels, groups, PANEL],
+        offsets like scales or None."""
         copies = self._copies(case)
-        shape = (copies, *case.scales_shape)
+        shape, n_halves = (copies, *case.scales_shape), copies * case.n_scales
         planes = self.planes[: copies * case.stride_bytes].reshape(copies, case.stride_bytes)
-        return planes, self._scales[: int(np.prod(shape))].reshape(shape)
+        scales = self._scales[:n_halves].reshape(shape)
+        return planes, scales, self._offsets[:n_halves].reshape(shape) if case.has_offsets else None
 
     @staticmethod
     def _check_memory(wanted: int) -> None:
@@ -136,17 +160,20 @@ def bench_kernels(
     cases: Sequence[Case],
     *,
     isa: str | None = None,
+    kernel: str = Kernel.AUTO,
     repeats: int = 5,
     arena_bytes: int | None = None,
     progress: Callable[[int, int], None] | None = None,
 ) -> tuple[list[KernelSpeed], dict[int, Ceilings]]:
     """Speed of every case and the ceilings by thread count, medians over `repeats` rounds.
 
+    kernel       auto takes what the engine takes for these bits and rows
     arena_bytes  memory that a round of products goes through; default_arena_bytes() when None
     progress     is called with (timings done, timings in all)
 
     Raises ShapeError for a case that cannot be packed, DeviceError for an instruction set that this
-    CPU lacks or threads that cannot be started, BudgetError when memory does not hold the matrices.
+    CPU lacks, an unknown kernel or threads that cannot be started, BudgetError when memory does not
+    hold the matrices.
     """
     isa = isa or _native.best_isa()
     if isa not in _native.isas():
@@ -154,6 +181,7 @@ def bench_kernels(
             f"isa: found {isa!r}, wanted one that this CPU runs: {', '.join(_native.isas())}"
         )
     _check(cases, repeats)
+    choices = registry.choose(isa, (case.bits for case in cases), kernel)
     if arena_bytes is None:
         arena_bytes = ceilings.default_arena_bytes()
     arena = _Arena(cases, arena_bytes)
@@ -162,7 +190,7 @@ def bench_kernels(
     try:
         for _ in range(repeats):
             for case, sample in zip(cases, samples, strict=True):
-                _measure(case, sample, isa, arena)
+                _measure(case, sample, isa, arena, choices)
                 done += 1
                 if progress is not None:
                     progress(done, repeats * len(cases))
@@ -191,26 +219,29 @@ def _check(cases: Sequence[Case], repeats: int) -> None:
                 raise ShapeError(f"{where}: found {name}={value}, wanted {least} to {most}")
 
 
-def _measure(case: Case, sample: _Samples, isa: str, arena: _Arena) -> None:
-    planes, scales = arena.matrices(case)
+def _measure(
+    case: Case, sample: _Samples, isa: str, arena: _Arena, choices: Mapping[int, Choice]
+) -> None:
+    planes, scales, offsets = arena.matrices(case)
     sample.ceilings.append(measured_ceilings(isa, case.threads, arena.planes))
     # Never a copy twice, which might still be in a cache.
     products = len(planes)
     if case.rows > 1:
         products = min(products, max(1, PREFILL_OPERATIONS // case.operations))
-    seconds, _ = _native.matmul_seconds(
+    seconds, _, sample.kernel = _native.matmul_seconds(
         isa,
         case.threads,
         random_activations(case.rows, case.k),
         planes,
         scales,
-        None,
+        offsets,
         case.n,
         case.bits,
         case.columns_per_scale,
-        1 << case.bits - 1,
-        "symmetric",
+        0 if case.has_offsets else 1 << case.bits - 1,
+        case.affine,
         products,
+        case.rows <= choices[case.bits].lookup_rows,
     )
     sample.seconds += seconds
 
@@ -229,8 +260,10 @@ def _speed(case: Case, sample: _Samples) -> KernelSpeed:
         shape=f"{case.n}x{case.k}",
         bits=case.bits,
         group_size=case.columns_per_scale,
+        affine=str(case.affine),
         threads=case.threads,
         rows=case.rows,
+        kernel=sample.kernel,
         ms=seconds * 1e3,
         gb_s=gb_s,
         bandwidth_share=gb_s / limits.read_gb_s,

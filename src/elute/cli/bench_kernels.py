@@ -31,7 +31,7 @@ DIGITS = 4  # after the point, in --json
     metavar="N,N",
     default="1,128",
     show_default=True,
-    help="1 is decode, by lookup; more is prefill, by dequantize and multiply.",
+    help="1 is decode, more is prefill.",
 )
 @click.option(
     "--group-size",
@@ -40,7 +40,14 @@ DIGITS = 4  # after the point, in --json
     show_default=True,
     help="Columns that share a scale; 0 is the whole row.",
 )
-@click.option("--isa", help="Instruction set to use instead of the best one; see doctor.")
+@click.option(
+    "--affine",
+    type=click.Choice(["symmetric", "zero", "min"]),
+    default="symmetric",
+    show_default=True,
+    help="symmetric has one zero, zero and min have an offset beside each scale.",
+)
+@options.kernel_options
 @click.option("--repeats", type=click.IntRange(1), default=5, show_default=True)
 @options.as_json
 @options.quiet
@@ -50,23 +57,27 @@ def command(
     shape: str,
     rows: str,
     group_size: int,
+    affine: str,
     isa: str | None,
+    kernel: str,
     repeats: int,
     as_json: bool,
     quiet: bool,
 ) -> None:
     """Measure the matmul kernels on random matrices out of cache.
 
-    Each row also shows its share of the ceilings, measured in between with as many threads: reading
-    memory in order, in one to three streams a thread, whichever is fastest, and int8 multiply-adds
-    on registers. Bytes are planes and scales, each once a product; an operation is a multiply or an
-    add. Figures are medians.
+    Each row names the kernel that ran, as it does in the engine: lut_matmul looks up, lut_multiply
+    and lut_gemm multiply. It also shows its share of the ceilings, measured in between with as many
+    threads: reading memory in order, in one to three streams a thread, whichever is fastest, and
+    int8 multiply-adds on registers. Bytes are planes, scales and offsets, each once a product; an
+    operation is a multiply or an add. Figures are medians.
     """
     from elute.bench.kernels import Case, bench_kernels
     from elute.cli.screen import Screen, answer_json
+    from elute.types import Affine
 
     cases = [
-        Case(n, k, width, group_size, m, n_threads)
+        Case(n, k, width, group_size, m, n_threads, Affine(affine))
         for n, k in _shapes(shape)
         for width in options.whole_numbers("--bits", bits, most=8)
         for m in options.whole_numbers("--rows", rows)
@@ -76,6 +87,7 @@ def command(
         speeds, ceilings = bench_kernels(
             cases,
             isa=isa,
+            kernel=kernel,
             repeats=repeats,
             progress=lambda done, total: screen("bench", done, total),
         )
@@ -83,6 +95,7 @@ def command(
         answer_json(
             {
                 "isa": isa or _best_isa(),
+                "kernel": kernel,
                 "repeats": repeats,
                 "ceilings": [_ceilings_json(*each) for each in ceilings.items()],
                 "rows": [_rounded(dataclasses.asdict(speed)) for speed in speeds],
@@ -141,11 +154,12 @@ def _print(speeds: list[KernelSpeed], ceilings: dict[int, Ceilings]) -> None:
     for n_threads, limits in ceilings.items():
         click.echo(ceilings_line(n_threads, limits))
     click.echo(
-        f"{'shape':<14}{'bits':>5}{'group':>7}{'threads':>9}{'rows':>6}{'ms':>10}{'GB/s':>8}"
-        f"{'of read':>9}{'GOPS':>8}{'of peak':>9}"
+        f"{'shape':<13}{'bits':>5}{'group':>7} {'affine':<10}{'threads':>7}{'rows':>6}  "
+        f"{'kernel':<12}{'ms':>9}{'GB/s':>8}{'of read':>9}{'GOPS':>8}{'of peak':>9}"
     )
     for s in speeds:
         click.echo(
-            f"{s.shape:<14}{s.bits:>5}{s.group_size:>7}{s.threads:>9}{s.rows:>6}{s.ms:>10.3f}"
-            f"{s.gb_s:>8.1f}{s.bandwidth_share:>9.0%}{s.gops:>8.0f}{s.peak_share:>9.0%}"
+            f"{s.shape:<13}{s.bits:>5}{s.group_size:>7} {s.affine:<10}{s.threads:>7}{s.rows:>6}  "
+            f"{s.kernel:<12}{s.ms:>9.3f}{s.gb_s:>8.1f}{s.bandwidth_share:>9.0%}{s.gops:>8.0f}"
+            f"{s.peak_share:>9.0%}"
         )
