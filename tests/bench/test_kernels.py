@@ -148,11 +148,6 @@ def test_no_case_and_unknown_choices_are_refused():
         bench_kernels([CASE], kernel="magic")
 
 
-def test_shapes_of_known_models_can_be_packed():
-    for shapes in kernels.SHAPES.values():
-        assert all(k % 64 == 0 and n % 32 == 0 for n, k in shapes)
-
-
 def test_shares_are_of_the_ceilings_before_the_case_s_own_timings(monkeypatch):
     measured = iter([Ceilings((4.0, 2.0), 50.0), Ceilings((1.0, 1.0), 10.0)] * 3)
     monkeypatch.setattr(kernels, "measured_ceilings", lambda *_: next(measured))

@@ -10,7 +10,9 @@ from tiny_folder import save_tiny_folder
 
 from elute import cli
 from elute.bench import llama_cpp, shapes
-from elute.cli import bench_model  # noqa: F401 (before a test adds a shape: its help lists them)
+
+# Before a test adds a shape: their help lists them.
+from elute.cli import bench_kernels, bench_model  # noqa: F401
 
 TINY = tiny_keys(
     "llama",

@@ -242,10 +242,27 @@ def test_bench_kernels_obeys_kernel_and_affine(run, monkeypatch):
     assert {r["affine"] for r in multiplied} == {"symmetric"}
 
 
+def test_bench_kernels_takes_the_head_of_a_model_in_one_row_at_its_own_bits(run, monkeypatch):
+    monkeypatch.setattr("elute.bench.ceilings.default_arena_bytes", lambda: 1 << 20)
+    of_model = ("--shape", "smollm2-135m,49152x576", "--bits", "2,6", "--rows", "2,1")
+    found = [
+        (r["shape"], r["bits"], r["rows"]) for r in bench_rows(run, *of_model, "--head-bits", "6,8")
+    ]
+    # 49152x576 is named beside its model: as one of the layers, and once at 6 bits in one row
+    layers = ["576x576", "192x576", "1536x576", "576x1536", "49152x576"]
+    assert found == [
+        *((shape, bits, rows) for shape in layers for bits in (2, 6) for rows in (2, 1)),
+        ("49152x576", 8, 1),
+    ]
+    default = bench_rows(run, "--shape", "smollm2-135m", "--bits", 2, "--rows", 2)
+    assert [(r["bits"], r["rows"]) for r in default if r["shape"] == "49152x576"] == [(6, 1)]
+
+
 @pytest.mark.parametrize(
     ("option", "value", "told"),
     [
         ("--bits", "0", "found '0' in --bits, wanted numbers from 1 to 8"),
+        ("--head-bits", "9", "found '9' in --head-bits, wanted numbers from 1 to 8"),
         ("--kernel", "magic", "'magic' is not one of 'auto', 'lookup', 'multiply'"),
         ("--affine", "max", "'max' is not one of 'symmetric', 'zero', 'min'"),
         ("--rows", "many", "found 'many' in --rows, wanted numbers from 1"),

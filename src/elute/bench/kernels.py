@@ -24,13 +24,6 @@ from elute.kernels.registry import Choice, Kernel
 from elute.pack.quads import check_groups, planes_bytes
 from elute.types import F16, F32, OVER_READ, PANEL, U8, Affine
 
-# The distinct [N, K] of a layer: query and output, key and value, gate and up, down.
-SHAPES = {
-    "llama-2-7b": ((4096, 4096), (11008, 4096), (4096, 11008)),
-    "llama-3-8b": ((4096, 4096), (1024, 4096), (14336, 4096), (4096, 14336)),
-    "bitnet-3b": ((3200, 3200), (8640, 3200), (3200, 8640)),
-    "smollm2-135m": ((576, 576), (192, 576), (1536, 576), (576, 1536)),
-}
 PAGE_BYTES = 4096  # where the packed directory, too, starts a matrix
 # Multiplies and adds of one timing of several rows: some 10 ms, long against a thread's wake-up.
 PREFILL_OPERATIONS = 2_000_000_000

@@ -15,7 +15,6 @@ _LLAMA: Mapping[str, Any] = {
     "tie_word_embeddings": False,
 }
 
-# Names as in `elute bench kernels --shape`, where it knows them.
 CONFIGS: Mapping[str, Mapping[str, Any]] = {
     "llama-2-7b": {
         **_LLAMA,
@@ -114,3 +113,18 @@ def shape_config(shape: str, *, vocabulary: int | None = None) -> dict[str, Any]
     if vocabulary is not None:
         config["vocab_size"] = vocabulary
     return config
+
+
+def layer_shapes(shape: str) -> tuple[tuple[int, int], ...]:
+    """The distinct [N, K] of a layer: query and output, key and value, gate and up, down."""
+    config = CONFIGS[shape]
+    hidden, inner = config["hidden_size"], config["intermediate_size"]
+    head_width = hidden // config["num_attention_heads"]
+    key = head_width * config["num_key_value_heads"]
+    return tuple(dict.fromkeys([(hidden, hidden), (key, hidden), (inner, hidden), (hidden, inner)]))
+
+
+def head_shape(shape: str) -> tuple[int, int]:
+    """[N, K] of what makes logits: vocabulary, hidden."""
+    config = CONFIGS[shape]
+    return config["vocab_size"], config["hidden_size"]

@@ -7,24 +7,34 @@ from typing import TYPE_CHECKING
 
 import click
 
+from elute.bench.shapes import CONFIGS
 from elute.cli import options
 
 if TYPE_CHECKING:
     from elute.bench.ceilings import Ceilings
-    from elute.bench.kernels import KernelSpeed
+    from elute.bench.kernels import Case, KernelSpeed
 
 DIGITS = 4  # after the point, in --json
+HEAD_ROWS = 1  # of a call's tokens, the engine multiplies only that which wants logits by the head
 
 
 @click.command("kernels")
 @click.option("--bits", metavar="N,N", default="1,2,3,4,8", show_default=True)
+@click.option(
+    "--head-bits",
+    metavar="N,N",
+    default="6",
+    show_default=True,
+    help="The same of the heads (vocabulary x hidden) of models in --shape.",
+)
 @options.thread_counts
 @click.option(
     "--shape",
     metavar="NxK,NAME",
     default="4096x4096,11008x4096",
     show_default=True,
-    help="Outputs x inputs, or the layers of llama-2-7b, llama-3-8b, bitnet-3b, smollm2-135m.",
+    help="Outputs x inputs, or the layers and, in one row, the head of a model: "
+    f"{', '.join(CONFIGS)}.",
 )
 @click.option(
     "--rows",
@@ -53,6 +63,7 @@ DIGITS = 4  # after the point, in --json
 @options.quiet
 def command(
     bits: str,
+    head_bits: str,
     threads: str | None,
     shape: str,
     rows: str,
@@ -72,17 +83,18 @@ def command(
     int8 multiply-adds on registers. Bytes are planes, scales and offsets, each once a product; an
     operation is a multiply or an add. Figures are medians.
     """
-    from elute.bench.kernels import Case, bench_kernels
+    from elute.bench.kernels import bench_kernels
     from elute.cli.screen import Screen, answer_json
-    from elute.types import Affine
 
-    cases = [
-        Case(n, k, width, group_size, m, n_threads, Affine(affine))
-        for n, k in _shapes(shape)
-        for width in options.whole_numbers("--bits", bits, most=8)
-        for m in options.whole_numbers("--rows", rows)
-        for n_threads in options.chosen_thread_counts(threads)
-    ]
+    cases = _cases(
+        shape,
+        widths=options.whole_numbers("--bits", bits, most=8),
+        head_widths=options.whole_numbers("--head-bits", head_bits, most=8),
+        rows=options.whole_numbers("--rows", rows),
+        threads=options.chosen_thread_counts(threads),
+        group_size=group_size,
+        affine=affine,
+    )
     with Screen(quiet=quiet) as screen:
         speeds, ceilings = bench_kernels(
             cases,
@@ -105,23 +117,49 @@ def command(
     _print(speeds, ceilings)
 
 
-def _shapes(text: str) -> list[tuple[int, int]]:
-    """The [N, K] that a comma-separated list names, each once."""
-    from elute.bench.kernels import SHAPES
+def _cases(
+    shape: str,
+    *,
+    widths: list[int],
+    head_widths: list[int],
+    rows: list[int],
+    threads: list[int],
+    group_size: int,
+    affine: str,
+) -> list[Case]:
+    """Each once: layers of all models, then their heads."""
+    from elute.bench.kernels import Case
+    from elute.types import Affine
 
-    shapes: list[tuple[int, int]] = []
+    layers, heads = _shapes(shape)
+    sizes = [(n, k, bits, m) for n, k in layers for bits in widths for m in rows]
+    sizes += [(n, k, bits, HEAD_ROWS) for n, k in heads for bits in head_widths]
+    return [
+        Case(n, k, bits, group_size, m, n_threads, Affine(affine))
+        for n, k, bits, m in dict.fromkeys(sizes)
+        for n_threads in threads
+    ]
+
+
+def _shapes(text: str) -> tuple[list[tuple[int, int]], list[tuple[int, int]]]:
+    """The [N, K] that a comma-separated list names: of layers or by themselves, and of heads."""
+    from elute.bench.shapes import head_shape, layer_shapes
+
+    layers: list[tuple[int, int]] = []
+    heads: list[tuple[int, int]] = []
     for part in text.split(","):
         n, _, k = part.partition("x")
-        if part in SHAPES:
-            shapes += SHAPES[part]
+        if part in CONFIGS:
+            layers += layer_shapes(part)
+            heads.append(head_shape(part))
         elif n.isdecimal() and k.isdecimal():
-            shapes.append((int(n), int(k)))
+            layers.append((int(n), int(k)))
         else:
             raise click.BadParameter(
                 f"found {part!r} in --shape, wanted sizes such as 4096x4096, or one of "
-                f"{', '.join(SHAPES)}"
+                f"{', '.join(CONFIGS)}"
             )
-    return list(dict.fromkeys(shapes))
+    return layers, heads
 
 
 def _best_isa() -> str:
