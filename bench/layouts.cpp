@@ -302,11 +302,13 @@ Task task_of(const Variant& v, int bits, int n, int k) {
   }
   std::mt19937 random(v.active);  // the same quads in all orders
   const bool pad = v.active && in_panel < kBytes;
-  bool keep = true;
+  const int together = std::max(v.active, 1), n_runs = k / 4 / together;
+  std::vector<int> keep(n_runs);
+  std::fill_n(keep.begin(), v.active ? n_runs * 2 / 5 : n_runs, 1);
+  std::shuffle(keep.begin(), keep.end(), random);
   t.first.push_back(0);
   for (int quad = 0; quad < k / 4; ++quad) {
-    if (v.active && quad % v.active == 0) keep = random() % 100 < 40;
-    if (keep) {
+    if (keep[quad / together]) {
       t.quads.push_back(quad);
       for (int i = 0; i < kTable; ++i) t.tables.push_back(uint8_t(random() >> 8));
     }
