@@ -41,7 +41,7 @@ struct Segments {
 struct RunSums {
   int32_t q = 0, lows = 0;
 };
-inline RunSums sum_runs(const ActivationsView& x, int block, int first_quad, int quads) {
+ELUTE_INLINE RunSums sum_runs(const ActivationsView& x, int block, int first_quad, int quads) {
   constexpr int kRunQuads = kSumRun / kLutWidth;
   const int begin = block * (kActBlock / kSumRun) + first_quad / kRunQuads;
   const int end = begin + (quads + kRunQuads - 1) / kRunQuads;

@@ -6,9 +6,10 @@ namespace elute {
 namespace {
 
 constexpr int kCacheLine = 64;
-// How far ahead of its lookups a panel is fetched: beyond the page that the hardware's own prefetch stops at. Zen 3, out
-// of cache, 1 thread, share of the read bandwidth with and without: 4 bits 0.92 and 0.74, 8 bits 0.76 and 0.43.
-constexpr int kPrefetchBytes = 2048;
+// How far ahead of its lookups a panel is fetched: beyond the page that the hardware's own prefetch stops at. Share of the
+// read bandwidth out of cache, 1 thread, huge pages, 4 bits: Zen 3 without 0.74, from 1 to 8 KiB 0.92; Zen 5 2 KiB 0.77,
+// 4 KiB 0.84, 8 KiB 0.90, 16 KiB 0.82.
+constexpr int kPrefetchBytes = 8192;
 
 template <int Planes, int Shift>
 ELUTE_INLINE void lookup_section(const uint8_t* quads, const uint8_t* quad_tables, int n_quads,
@@ -17,6 +18,7 @@ ELUTE_INLINE void lookup_section(const uint8_t* quads, const uint8_t* quad_table
   constexpr int kPerQuad = at_least_one(kQuadBytes / kBytes);  // vectors a quad
   constexpr int kStep = at_least_one(kBytes / kQuadBytes);     // quads a vector
   Sum<Planes> low[kPerQuad], high[kPerQuad];
+#pragma GCC unroll 16
   for (int quad = 0; quad < n_quads; quad += kStep) {
     const Bytes table = tables<Planes>(quad_tables + quad * kTableBytes);
     for (int v = 0; v < kPerQuad; ++v) {
@@ -31,10 +33,11 @@ ELUTE_INLINE void lookup_section(const uint8_t* quads, const uint8_t* quad_table
   for (int v = 0; v < kVectors; ++v) dot[v] = add_ints(dot[v], shift_left<Shift>(part[v]));
 }
 
-template <int Bits>
+// SegmentQuads: 0: any number, and the last segment may be shorter.
+template <int Bits, int SegmentQuads>
 void lut_matmul_bits(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
                      float* y) {
-  const Segments segments(w);
+  const int segment_quads = SegmentQuads ? SegmentQuads : Segments(w).quads;
   const int n_quads = w.k / kLutWidth;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     const uint8_t* block_planes = w.planes + panel * w.panel_bytes();
@@ -46,13 +49,13 @@ void lut_matmul_bits(const MatrixView& w, const ActivationsView& x, int panel_be
     float x_sum = 0;
     int left_in_group = w.group_size / kLutWidth;
     for (int block = 0; block < x.n_blocks; ++block) {
-      const int block_quads = smaller(kBlockQuads, n_quads - block * kBlockQuads);
+      const int block_quads = SegmentQuads ? kBlockQuads : smaller(kBlockQuads, n_quads - block * kBlockQuads);
       for (int at = 0; at < block_quads * kHalfPanel * Bits; at += kCacheLine)
         prefetch(block_planes + kPrefetchBytes + at);
       const uint8_t* block_tables = x.tables + int64_t{block} * kBlockQuads * kTableBytes;
       const float act_scale = x.scales[block];
-      for (int first = 0; first < block_quads; first += segments.quads) {
-        const int quads = smaller(segments.quads, block_quads - first);
+      for (int first = 0; first < block_quads; first += segment_quads) {
+        const int quads = SegmentQuads ? SegmentQuads : smaller(segment_quads, block_quads - first);
         Ints dot[kVectors];
         const RunSums runs = sum_runs(x, block, first, quads);
         const int32_t constant =
@@ -83,7 +86,14 @@ void lut_matmul_bits(const MatrixView& w, const ActivationsView& x, int panel_be
 
 void lut_matmul(const MatrixView& w, const ActivationsView& x, int panel_begin, int panel_end, const float* bias,
                 float* y) {
-  with_bits(w.bits, [&]<int Bits>() { lut_matmul_bits<Bits>(w, x, panel_begin, panel_end, bias, y); });
+  const int quads = w.k % kActBlock == 0 ? Segments(w).quads : 0;
+  with_bits(w.bits, [&]<int Bits>() {
+    if (kFixedSegments && quads == kBlockQuads)
+      return lut_matmul_bits<Bits, kFixedSegments ? kBlockQuads : 0>(w, x, panel_begin, panel_end, bias, y);
+    if (kFixedSegments && quads == kBlockQuads / 2)
+      return lut_matmul_bits<Bits, kFixedSegments ? kBlockQuads / 2 : 0>(w, x, panel_begin, panel_end, bias, y);
+    lut_matmul_bits<Bits, 0>(w, x, panel_begin, panel_end, bias, y);
+  });
 }
 
 }  // namespace

@@ -6,7 +6,7 @@
 namespace elute {
 namespace {
 
-constexpr int kMultiplyPrefetchBytes = 2048;  // ahead of their use, as in lut_matmul
+constexpr int kMultiplyPrefetchBytes = 8192;  // ahead of their use, as in lut_matmul
 
 // Calls f.template operator()<I>() for I of 0 to Count - 1.
 template <int Count, int I = 0, typename F>

@@ -9,6 +9,7 @@ namespace elute {
 namespace {
 
 constexpr int kBytes = 16;
+constexpr bool kFixedSegments = false;  // not measured
 using Bytes = uint8x16_t;
 using Ints = int32x4_t;
 using Floats = float32x4_t;

@@ -9,6 +9,7 @@ namespace elute {
 namespace {
 
 constexpr int kBytes = 16;                // width of a vector
+constexpr bool kFixedSegments = false;  // more code of this level takes GCC 12 minutes
 constexpr int kLanes = kBytes / 4;        // 32-bit lanes
 constexpr int kGemmRows = 1;              // rows that lut_gemm multiplies at once
 struct Bytes { uint8_t v[kBytes]; };
