@@ -100,7 +100,7 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
     """group_size 0: one group a row, of a K that ends inside a block and inside a vector of
     quads."""
     for affine in Affine:
-        for n, m in ((32, 1), (33, 2), (95, 5)):
+        for n, m in ((32, 1), (33, 2), (95, 5), (33, 13)):
             k = 256 if group_size else 64 * 2 + 20
             matrix = random_matrix(
                 n, k, bits=bits, group_size=group_size or k, affine=affine, seed=n + bits
@@ -115,12 +115,13 @@ def test_matmul_equals_the_reference(isa: str, bits: int, group_size: int) -> No
 
 @pytest.mark.parametrize("isa", ISAS)
 @pytest.mark.parametrize("bits", [3, 8])
-@pytest.mark.parametrize("group_size", [64, 192, 0])
+@pytest.mark.parametrize("group_size", [16, 32, 64, 192, 0])
 def test_many_rows_and_columns_equal_lookup_in_plain_c(
     isa: str, bits: int, group_size: int
 ) -> None:
-    """More rows than kernels take at once, and more columns; groups across the runs of columns."""
-    m, n, k = 131, 33, 1152 if group_size else 1100
+    """More rows than kernels take at once, and more columns; groups across the runs of columns, a
+    row that ends in the middle of a block."""
+    m, n, k = 131, 33, {16: 1136, 32: 1184, 0: 1100}.get(group_size, 1152)
     for affine in Affine:
         matrix = random_matrix(n, k, bits=bits, group_size=group_size or k, affine=affine, seed=m)
         given = arguments(quads.pack(matrix))
