@@ -114,7 +114,11 @@ template <class D, int SegmentQuads, Affine Kind, bool Whole>
   const auto word = [&](int r) { return at.pair_words()[r]; };
   multiply_quads<D, kTileRows>(at.codes, at.q(), kLutWidth, kTileRows * kLutWidth, SegmentQuads, word, centre, dots);
   describe<SegmentQuads, Kind, Whole>(at, before);
+  const int n_segments = last / kTileRows * (n_quads / SegmentQuads);
+  const int lines = static_cast<int>((g.ahead_bytes / kCacheLine + n_segments - 1) / n_segments);  // a segment
+  const uint8_t *ahead = g.ahead, *const ahead_end = ahead + g.ahead_bytes;
   for (at.next(); at.row < last; at.next()) {
+    for (int i = 0; i < lines && ahead < ahead_end; ++i, ahead += kCacheLine) prefetch(ahead);
     const uint8_t* codes = at.codes;
     const int8_t* q = at.q();
     alignas(32) int32_t starts[8];

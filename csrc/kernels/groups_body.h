@@ -8,6 +8,7 @@ namespace {
 constexpr int kVectors = kPanel / kLanes;  // vectors of 32-bit lanes that hold a panel
 constexpr int kHalfVectors = kVectors / 2;
 
+constexpr int kCacheLine = 64;
 constexpr int at_least_one(int x) { return x < 1 ? 1 : x; }
 constexpr int smaller(int a, int b) { return a < b ? a : b; }
 

@@ -67,6 +67,8 @@ struct Gemm {
   int segment_quads, group_quads;
   int centre;  // codes are multiplied as code - centre
   int rest;    // and rest * (sum of q) is added; 0 as a rule
+  const uint8_t* ahead = nullptr;  // the planes that will be dequantized next
+  int64_t ahead_bytes = 0;
   GemmScratch scratch;
 
   template <class D>
@@ -263,7 +265,7 @@ ELUTE_INLINE void gemm_all_rows(const Gemm& g, int row, int block, int n_quads) 
 template <int Bits>
 void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
                    const float* bias, float* y, int64_t ldy, uint8_t* scratch_bytes) {
-  const Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
+  Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
   const GemmScratch& scratch = g.scratch;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
     for (int64_t i = 0; i < int64_t{n_rows} * kPanel; i += kLanes) {
@@ -272,8 +274,11 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
     }
     for (int block = 0; block < x.n_blocks; block += kGemmColumns / kActBlock) {
       const int n_quads = smaller(kGemmColumns, w.k - block * kActBlock) / kLutWidth;
-      dequant_quads<Bits>(w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits),
-                          n_quads, scratch.codes);
+      const uint8_t* planes = w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits);
+      dequant_quads<Bits>(planes, n_quads, scratch.codes);
+      const bool last = panel + 1 == panel_end && block + kGemmColumns / kActBlock >= x.n_blocks;
+      g.ahead = planes + n_quads * (kHalfPanel * Bits);
+      g.ahead_bytes = last ? 0 : kGemmColumns / kLutWidth * (kHalfPanel * Bits);
       const int first_quad = block * kBlockQuads;
       const int first_group = first_quad / g.group_quads;
       const int n_groups = (first_quad + n_quads + g.group_quads - 1) / g.group_quads - first_group;

@@ -5,7 +5,6 @@
 namespace elute {
 namespace {
 
-constexpr int kCacheLine = 64;
 // How far ahead of its lookups a panel is fetched: beyond the page that the hardware's own prefetch stops at. Share of the
 // read bandwidth out of cache, 1 thread, huge pages, 4 bits: Zen 3 without 0.74, from 1 to 8 KiB 0.92; Zen 5 2 KiB 0.77,
 // 4 KiB 0.84, 8 KiB 0.90, 16 KiB 0.82.
