@@ -14,9 +14,10 @@ double seconds_since(Clock::time_point started) { return std::chrono::duration<d
 
 constexpr int kColumns = 2048;
 constexpr int kGroup = 32;
-constexpr int kMostPanels = 8;                  // of a product: one row takes some 15 us on a core of Zen 3
-constexpr double kProductSeconds = 20e-6;       // a slow level gets fewer panels, to stay near this
-constexpr int64_t kPlanesBytes = 4 << 20;       // in all; second-level caches of 512 KiB to 2 MiB do not hold it
+constexpr int kMostPanels = 32;                 // of a product, as in small models: the tables of a row serve all of them
+constexpr double kProductSeconds = 80e-6;       // a slow level gets fewer panels, to stay near this
+// In all: as in a model, planes come from memory. Third-level caches of 32 MB do not hold it.
+constexpr int64_t kPlanesBytes = 64 << 20;
 constexpr int kLeastRounds = 5;
 
 uint64_t next_random(uint64_t& state) {  // xorshift64: Marsaglia, "Xorshift RNGs", 2003

@@ -268,10 +268,10 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
   Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
   const GemmScratch& scratch = g.scratch;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    for (int64_t i = 0; i < int64_t{n_rows} * kPanel; i += kLanes) {
-      store_floats(scratch.sums + i, zero_floats());
-      store_floats(scratch.group + i, zero_floats());
-    }
+    const int64_t n_sums = int64_t{n_rows} * kPanel;
+    for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(scratch.sums + i, zero_floats());
+    if (g.segment_quads != g.group_quads)
+      for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(scratch.group + i, zero_floats());
     for (int block = 0; block < x.n_blocks; block += kGemmColumns / kActBlock) {
       const int n_quads = smaller(kGemmColumns, w.k - block * kActBlock) / kLutWidth;
       const uint8_t* planes = w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits);
