@@ -21,7 +21,7 @@ def test_the_same_build_runs_on(cpu: str, isas: list[str]) -> None:
     emulator = shutil.which("qemu-x86_64")
     if emulator is None or platform.machine() != "x86_64":
         pytest.skip("needs qemu-x86_64 (Debian: qemu-user) on an x86-64 machine")
-    # A machine may say which CPU OpenBLAS shall take this one for: numpy would die of that on another.
+    # What a machine tells OpenBLAS to take its CPU for would kill numpy on another one.
     environment = {k: v for k, v in os.environ.items() if not k.startswith("OPENBLAS_")}
     command = [emulator, "-cpu", cpu, sys.executable, "-m", "elute", "doctor", "--json"]
     done = subprocess.run(
