@@ -345,6 +345,8 @@ def load(
     template = ChatTemplate.from_files(files) if has_template else None
     sampling = model_sampling(files.generation_config)
     del files  # megabytes of text
+    # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
+    _native.return_freed_memory()
     ops = op_list(packed.config)
     if context is not None and context > ops.context:
         log.warning(
@@ -364,8 +366,6 @@ def load(
         cache_type=cache_type,
         cache_dir=folder,
     )
-    # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
-    _native.return_freed_memory()
     return Model(
         executor,
         tokenizer,
