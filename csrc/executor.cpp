@@ -113,6 +113,13 @@ void Executor::finish(const LookupRows& lookup_rows) {
   }
 }
 
+void Executor::stream(WeightStream& stream, const std::vector<int>& pieces) {
+  for (Op& op : ops_)
+    if (auto* linear = std::get_if<LinearOp>(&op))
+      for (int m : linear->matrices) linear->pieces_end = std::max(linear->pieces_end, pieces[m] + 1);
+  stream_ = &stream;
+}
+
 int Executor::vocabulary() const {
   for (const Op& op : ops_)
     if (const auto* head = std::get_if<HeadOp>(&op)) return matrices_[head->matrix].n;
@@ -137,7 +144,7 @@ void Executor::forward(const int32_t* tokens, int n, int position, bool all_logi
       }
     }
   }
-  pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits}));
+  pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits, passes_++}));
 }
 
 void Executor::run(const Call& call, Walk& walk) {
@@ -149,7 +156,12 @@ void Executor::run(const Call& call, Walk& walk) {
       for (int i = step.ops.begin; i < step.ops.end; ++i)
         std::visit([&](const auto& op) { run_rows(op, call, slice, walk.thread()); }, ops_[i]);
     });
-    std::visit([&](const auto& last) { run_all(last, call, walk); }, ops_[step.ops.end - 1]);
+    const Op& last = ops_[step.ops.end - 1];
+    const auto* linear = stream_ ? std::get_if<LinearOp>(&last) : nullptr;
+    const int pieces = linear ? linear->pieces_end : 0;
+    if (pieces) stream_->wait(call.pass, pieces);
+    std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
+    if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
   }
 }
 

@@ -9,6 +9,7 @@
 
 #include "dispatch.h"
 #include "thread_pool.h"
+#include "weight_stream.h"
 
 namespace elute {
 
@@ -45,6 +46,7 @@ struct LinearOp {
   std::vector<std::vector<float>> biases;  // an empty one: none
   std::vector<int32_t> columns;            // empty: as they are
   int added_to = -1;                       // finish() moves an AddOp of the only output here
+  int pieces_end = 0;  // stream(): pieces that must be in the window, counted from a forward's first; 0: none
 };
 struct RopeOp {
   int reg, width, n_heads, table;
@@ -86,6 +88,9 @@ class Executor {
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
+  // After finish(): matrix i of a LinearOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
+  // the order of use; -1: in memory. The stream must outlive the executor.
+  void stream(WeightStream& stream, const std::vector<int>& pieces);
 
   // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
   // Indices are the caller's to check (bind/executor.cpp does).
@@ -103,7 +108,8 @@ class Executor {
     const int32_t* tokens;
     float* logits;
     int n, position;
-    int64_t all_logits;
+    int32_t all_logits;
+    uint32_t pass;  // forwards before this one
 
     int first_logits_row() const { return all_logits ? 0 : n - 1; }
   };
@@ -184,6 +190,8 @@ class Executor {
   std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
+  WeightStream* stream_ = nullptr;
+  uint32_t passes_ = 0;
   ThreadPool pool_;  // last: its threads use the others until it is gone
 };
 

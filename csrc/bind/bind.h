@@ -44,6 +44,7 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
 void bind_kernels(nb::module_& m);
 void bind_float_kernels(nb::module_& m);
 void bind_executor(nb::module_& m);
+void bind_flash(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_bench(nb::module_& m);
 

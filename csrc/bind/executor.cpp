@@ -1,5 +1,7 @@
 #include "executor.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 
 #include "bind/bind.h"
@@ -111,9 +113,22 @@ class BoundExecutor {
     executor_->finish(by_bits);
     finished_ = true;
   }
+  // pieces: of the matrices, in the order in which they were added; -1: in memory.
+  void stream(nb::object stream, const std::vector<int>& pieces) {
+    want(finished_ && !stream_, "stream: not finished, or a second one");
+    auto& source = nb::cast<WeightStream&>(stream);
+    want(pieces.size() == matrices_.size(), "stream: pieces");
+    for (int piece : pieces) want(piece >= -1 && piece < source.n_pieces(), "stream: piece ids");
+    executor_->stream(source, pieces);
+    stream_ = &source;
+    process_ = getpid();
+    kept_.push_back(std::move(stream));
+  }
 
   nb::object forward(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits) {
     want(finished_, "forward: not finished");
+    if (stream_ && process_ != getpid())
+      throw std::runtime_error("forward: found a forked child, which has nobody who reads weights from flash; load the model in it");
     const int n = static_cast<int>(tokens.shape(0));
     want(n >= 1 && n <= executor_->chunk(), "forward: tokens beyond the chunk");
     want(position >= 0 && position <= executor_->context() - n, "forward: position beyond the context");
@@ -123,6 +138,9 @@ class BoundExecutor {
     if (!want_logits) {
       nb::gil_scoped_release release;
       executor_->forward(ids.data(), n, position, false, nullptr);
+    }
+    if (!want_logits) {
+      check_stream();
       return nb::none();
     }
     const size_t rows = all_logits ? n : 1, vocabulary = executor_->vocabulary();
@@ -131,6 +149,7 @@ class BoundExecutor {
       nb::gil_scoped_release release;
       executor_->forward(ids.data(), n, position, all_logits, logits.get());
     }
+    check_stream();
     return owned_array(std::move(logits), {rows, vocabulary});
   }
 
@@ -150,6 +169,10 @@ class BoundExecutor {
     want(columns.empty() || static_cast<int>(columns.size()) == k, "columns");
     for (int32_t c : columns) want(c >= 0 && c < k, "columns");
   }
+  // What was computed after a failure is garbage.
+  void check_stream() const {
+    if (stream_ && !stream_->failure().empty()) throw std::runtime_error(stream_->failure());
+  }
   void add(Op op) {
     want(!finished_, "ops after finish()");
     executor_->add_op(std::move(op));
@@ -159,7 +182,9 @@ class BoundExecutor {
   bool finished_ = false;
   std::vector<int> widths_, rope_halves_;
   std::vector<MatrixView> matrices_;
-  std::vector<nb::object> kept_;
+  std::vector<nb::object> kept_;  // beyond executor_'s life, whose threads use it
+  const WeightStream* stream_ = nullptr;
+  pid_t process_ = 0;  // that has the stream's thread
   std::unique_ptr<Executor> executor_;
 };
 
@@ -187,6 +212,7 @@ void bind_executor(nb::module_& m) {
       .def("add", &BoundExecutor::add_to, nb::arg("input"), nb::arg("output"))
       .def("head", &BoundExecutor::head, nb::arg("input"), nb::arg("matrix"), nb::arg("columns"), nb::arg("softcap"))
       .def("finish", &BoundExecutor::finish, nb::arg("lookup_rows"))
+      .def("stream", &BoundExecutor::stream, nb::arg("stream"), nb::arg("pieces"))
       .def("forward", &BoundExecutor::forward, nb::arg("tokens"), nb::arg("position"), nb::arg("all_logits") = false,
            nb::arg("want_logits") = true);
 }

@@ -13,13 +13,18 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, TypeGuard, Unpack
 
 from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
+from elute.flash.weights import FlashWeights
 from elute.formats.chat_prompt import chat_tokens
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
 from elute.runtime.sampler import Sampling
 from elute.runtime.session import Executor
 
 if TYPE_CHECKING:
+    from elute.formats.packed import PackedModel
+    from elute.kernels.registry import Choice
+    from elute.model.ops import OpList
     from elute.quantize.recipe import Recipe
+    from elute.types import WeightSource
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
 
@@ -92,7 +97,8 @@ class Model:
     """A loaded model with one KV cache, so one generation at a time: load it once for each.
 
     Made by `load`; a context manager that closes it. `path` is its packed directory,
-    `bits_per_weight` counts what its matrices take there, scales and zeros included.
+    `bits_per_weight` counts what its matrices take there, scales and zeros included; `flash` holds
+    the weights where memory was limited.
     """
 
     def __init__(
@@ -105,9 +111,11 @@ class Model:
         template: Template | None = None,
         sampling: Sampling | None = None,
         bits_per_weight: float = 0.0,
+        flash: FlashWeights | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
+        self.flash = flash
         self.path = path
         self.sampling = Sampling() if sampling is None else sampling
         self.bits_per_weight = bits_per_weight
@@ -309,6 +317,7 @@ def load(
     kernel: str = "auto",
     cache_type: str = "f16",
     cache_dir: str | Path | None = None,
+    memory: str | int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -325,10 +334,14 @@ def load(
     cache_type  what keys and values are kept in: "f16", or "q8", half the memory with 8-bit codes
     cache_dir what is fetched, packed and measured is kept there; $ELUTE_HOME or ~/.cache/elute when
               None. Hub repositories stay in the hub's own cache
+    memory    all that the process may hold, such as "1.5G": weights that do not fit are read from
+              flash for every forward, with the same answers. Without a context it is then at most
+              4096 tokens. Packing a model that is not packed yet does not count
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
-    BudgetError for a full disk, DeviceError for an unknown isa or kernel.
+    BudgetError for a full disk or too little memory, DeviceError for an unknown isa or kernel, or
+    weights that cannot be read.
     """
     from elute import _native
     from elute.formats.chat_template import ChatTemplate
@@ -356,15 +369,22 @@ def load(
             context,
             ops.context,
         )
+    weights: WeightSource = packed
+    kernels = None
+    if memory is not None:
+        weights, context, kernels = _fitted(
+            packed, ops, memory, context, cache_type, threads, isa, kernel, folder
+        )
     executor = NativeExecutor(
         ops,
-        packed,
+        weights,
         context=context,
         n_threads=threads,
         isa=isa,
         kernel=kernel,
         cache_type=cache_type,
         cache_dir=folder,
+        kernels=kernels,
     )
     return Model(
         executor,
@@ -374,6 +394,7 @@ def load(
         template=template,
         sampling=sampling,
         bits_per_weight=packed.bits_per_weight,
+        flash=weights if isinstance(weights, FlashWeights) else None,
     )
 
 
@@ -393,3 +414,50 @@ def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:
         return Sampling(**advised)
     except ShapeError as error:
         raise FormatError(f"generation_config.json: {error}") from None
+
+
+def _fitted(
+    packed: PackedModel,
+    ops: OpList,
+    memory: str | int,
+    context: int | None,
+    cache_type: str,
+    threads: int | None,
+    isa: str | None,
+    kernel: str,
+    folder: Path | None,
+) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
+    """Weights, context and kernels within a budget of memory."""
+    import psutil
+
+    from elute.formats.packed_layout import MatrixRecord
+    from elute.kernels import registry
+    from elute.runtime import executor
+    from elute.runtime.memory import fit, parse_size
+    from elute.runtime.threads import default_threads
+
+    budget = parse_size(memory)
+    # Raced before the weights are there: it takes memory of its own for a moment.
+    widths = {r.bits for r in packed.records.values() if isinstance(r, MatrixRecord)}
+    kernels = registry.choose(executor.chosen_isa(isa), widths, kernel, folder=folder)
+    found = fit(
+        packed,
+        ops,
+        budget,
+        process=psutil.Process().memory_info().rss,
+        context=context,
+        cache_type=cache_type,
+        chunk=executor.CHUNK,
+        n_threads=default_threads() if threads is None else threads,
+    )
+    plan = found.plan
+    if plan.places:
+        log.info(
+            "memory: %.0f MB hold %.0f %% of the layers; %.0f MB a token come from flash through "
+            "a window of %.0f MB",
+            budget / 1e6,
+            100 * plan.pinned_bytes / (plan.pinned_bytes + plan.missed),
+            plan.missed / 1e6,
+            plan.window / 1e6,
+        )
+    return FlashWeights(packed, ops, plan), found.context, kernels

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
+from elute.flash.weights import FlashWeights
 from elute.kernels import kv_cache, registry
 from elute.model.ops import (
     Add,
@@ -38,7 +39,7 @@ class Executor:
     isa        one of isas(); the best when None
     kernel     a registry.Kernel: what multiplies the weights; none changes a bit
     cache_type a kv_cache.CacheType: how keys and values are rounded
-    kernels    what was chosen, by bit width
+    kernels    what was chosen, by bit width; given, when the race would not fit beside the weights
     cache_dir  where the measurement behind that choice is kept; formats.sources.cache_dir() when
                None
 
@@ -59,6 +60,7 @@ class Executor:
         kernel: str = registry.Kernel.AUTO,
         cache_type: str = kv_cache.CacheType.F16,
         cache_dir: Path | None = None,
+        kernels: Mapping[int, registry.Choice] | None = None,
     ) -> None:
         self.isa = chosen_isa(isa)
         self.n_threads = default_threads() if n_threads is None else n_threads
@@ -87,10 +89,16 @@ class Executor:
             )
             builder = _Builder(native, ops, weights)
             builder.build()
-            self.kernels = registry.choose(self.isa, builder.widths(), kernel, folder=cache_dir)
+            self.kernels = (
+                registry.choose(self.isa, builder.widths(), kernel, folder=cache_dir)
+                if kernels is None
+                else kernels
+            )
             native.finish(
                 [self.kernels[b].lookup_rows if b in self.kernels else 0 for b in registry.WIDTHS]
             )
+            if isinstance(weights, FlashWeights):
+                weights.attach(native, builder.matrix_names())
         except MemoryError:
             raise BudgetError(
                 f"context: the cache of {self.context} positions does not fit the address space; "
@@ -230,6 +238,10 @@ class _Builder:
     def widths(self) -> set[int]:
         """Bits a code of the matrices that were added."""
         return {packed.bits for _, packed in self._matrices.values()}
+
+    def matrix_names(self) -> list[str]:
+        """In the order in which they were added."""
+        return list(self._matrices)
 
     def _matrix(self, name: str) -> tuple[int, PackedMatrix]:
         if name not in self._matrices:

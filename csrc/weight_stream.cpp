@@ -1,0 +1,148 @@
+#include "weight_stream.h"
+
+#include <algorithm>
+#include <chrono>
+#include <cstring>
+#include <deque>
+#include <stdexcept>
+
+namespace elute {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+constexpr int64_t kEverything = INT64_MAX;
+
+bool overlap(const WeightStream::Piece& a, const WeightStream::Piece& b) {
+  return a.at < b.at + b.n_bytes && b.at < a.at + a.n_bytes;
+}
+
+}  // namespace
+
+WeightStream::WeightStream(const std::vector<std::string>& paths, std::vector<Piece> pieces, uint8_t* window,
+                           std::string_view reader, int depth, int64_t request_bytes, bool direct)
+    : paths_(paths), pieces_(std::move(pieces)), window_(window), request_bytes_(request_bytes) {
+  for (const std::string& path : paths) files_.emplace_back(path, direct);
+  const int n = n_pieces();
+  for (int i = 0; i < n; ++i) {
+    int back = 1;  // at most n: a piece shares its place with itself, a pass ago
+    while (!overlap(pieces_[i], pieces_[(i + n - back % n) % n])) ++back;
+    distance_.push_back(back);
+  }
+  reader_ = open_flash_reader(reader, depth);
+  thread_ = std::thread([this] { run(); });
+}
+
+WeightStream::~WeightStream() {
+  stop_ = true;
+  released_.fetch_add(1);  // who waits for a change of it must see one
+  released_.notify_all();
+  thread_.join();
+}
+
+bool WeightStream::may_read(int64_t sequence) const {
+  return released_.load(std::memory_order_acquire) > sequence - distance_[sequence % n_pieces()];
+}
+
+void WeightStream::run() {
+  try {
+    read_ahead();
+  } catch (const std::exception& error) {
+    fail(error.what());
+  }
+}
+
+void WeightStream::read_ahead() {
+  struct Reading {
+    int64_t sequence;
+    int requests;  // that are not done
+    bool complete;  // all were submitted
+  };
+  std::deque<Reading> reading;  // in order; the first is loaded_
+  int64_t next = 0, at = 0;     // the piece to read next, and how much of it was asked for
+  int in_flight = 0;
+  while (!stop_) {
+    // As many requests as the reader takes, of pieces whose place is free.
+    while (in_flight < reader_->depth() && !failed_ && !stop_) {
+      if (at == 0 && !may_read(next)) break;
+      const Piece& piece = pieces_[next % n_pieces()];
+      if (at == 0) reading.push_back({next, 0, false});
+      const int64_t n_bytes = std::min(request_bytes_, piece.n_bytes - at);
+      reader_->submit({files_[piece.file].descriptor(), piece.offset + at, n_bytes, window_ + piece.at + at, next});
+      ++in_flight;
+      ++reading.back().requests;
+      at += n_bytes;
+      read_bytes_.fetch_add(n_bytes, std::memory_order_relaxed);
+      if (at == piece.n_bytes) {
+        reading.back().complete = true;
+        at = 0;
+        ++next;
+      }
+    }
+    if (in_flight == 0) {
+      if (failed_) return;
+      const int64_t seen = released_.load(std::memory_order_acquire);
+      if (!may_read(next) && !stop_) released_.wait(seen, std::memory_order_acquire);
+      continue;
+    }
+    const FlashDone done = reader_->wait();
+    --in_flight;
+    if (done.error) fail(where(done.id, done.error));
+    for (Reading& r : reading)
+      if (r.sequence == done.id) --r.requests;
+    while (!reading.empty() && reading.front().complete && reading.front().requests == 0 && !failed_) {
+      const Piece& piece = pieces_[reading.front().sequence % n_pieces()];
+      files_[piece.file].forget(piece.offset, piece.n_bytes);
+      reading.pop_front();
+      loaded_.fetch_add(1, std::memory_order_release);
+      loaded_.notify_all();
+    }
+  }
+  while (in_flight-- > 0) reader_->wait();  // they write to the window
+}
+
+std::string WeightStream::where(int64_t sequence, int error) const {
+  const Piece& piece = pieces_[sequence % n_pieces()];
+  return paths_[piece.file] + ": cannot read " + std::to_string(piece.n_bytes) + " bytes from byte " +
+         std::to_string(piece.offset) + " (" + (error == kFlashShort ? "the file ends before that" : std::strerror(error)) +
+         "); check the disk, or convert the model again";
+}
+
+void WeightStream::fail(const std::string& what) {
+  if (failed_) return;
+  failure_ = what;
+  failed_.store(true, std::memory_order_release);
+  loaded_.store(kEverything, std::memory_order_release);  // nobody waits any longer
+  loaded_.notify_all();
+}
+
+void WeightStream::wait(int64_t pass, int end) {
+  const int64_t wanted = pass * n_pieces() + end;
+  int64_t seen = loaded_.load(std::memory_order_acquire);
+  if (seen >= wanted) return;
+  const Clock::time_point started = Clock::now();
+  while (seen < wanted) {
+    loaded_.wait(seen, std::memory_order_acquire);
+    seen = loaded_.load(std::memory_order_acquire);
+  }
+  waited_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - started).count(), std::memory_order_relaxed);
+}
+
+void WeightStream::release(int64_t pass, int end) {
+  const int64_t mine = pass * n_pieces() + end;
+  int64_t seen = released_.load(std::memory_order_relaxed);
+  while (seen < mine && !released_.compare_exchange_weak(seen, mine, std::memory_order_release, std::memory_order_relaxed)) {
+  }
+  if (seen < mine) released_.notify_all();
+}
+
+std::string WeightStream::failure() const { return failed_.load(std::memory_order_acquire) ? failure_ : std::string(); }
+
+WeightStream::Figures WeightStream::figures() const {
+  return {read_bytes_.load(std::memory_order_relaxed), double(waited_ns_.load(std::memory_order_relaxed)) / 1e9};
+}
+
+bool WeightStream::direct() const {
+  return std::all_of(files_.begin(), files_.end(), [](const FlashFile& file) { return file.direct(); });
+}
+
+}  // namespace elute

@@ -1,0 +1,72 @@
+// Weights that do not fit memory pass through a window: read ahead in the order in which a forward uses them, forward
+// after forward, each into its fixed place as soon as what lay there has been used. Knows no layer and no kernel.
+#pragma once
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <thread>
+#include <vector>
+
+#include "flash_reader.h"
+
+namespace elute {
+
+class WeightStream {
+ public:
+  // The planes of a matrix: where they are in a file, and where in the window they go.
+  struct Piece {
+    int file;
+    int64_t offset, n_bytes, at;  // multiples of kFlashAlignment
+  };
+  struct Figures {
+    int64_t read_bytes = 0;
+    double waited_s = 0;  // of the first thread, for pieces that were not there yet
+  };
+
+  // window: kFlashAlignment-aligned, of window_bytes, this stream's alone and longer-lived. pieces: in the order of use;
+  // those of one use must not overlap. request_bytes: most of one read. Throws as FlashFile and open_flash_reader do.
+  WeightStream(const std::vector<std::string>& paths, std::vector<Piece> pieces, uint8_t* window, std::string_view reader,
+               int depth, int64_t request_bytes, bool direct);
+  ~WeightStream();
+  WeightStream(const WeightStream&) = delete;
+  WeightStream& operator=(const WeightStream&) = delete;
+
+  int n_pieces() const { return static_cast<int>(pieces_.size()); }
+
+  // Returns when the pieces before `end` of pass number `pass` are in the window, or the stream has failed. Any thread.
+  void wait(int64_t pass, int end);
+  // Says that those pieces may be overwritten. Any thread, in any order: what is past already changes nothing.
+  void release(int64_t pass, int end);
+
+  // Empty, or why pieces cannot be read; from then on what wait() returned to is not to be used.
+  std::string failure() const;
+  Figures figures() const;
+  std::string_view reader() const { return reader_->name(); }
+  bool direct() const;
+
+ private:
+  void run();
+  void read_ahead();
+  bool may_read(int64_t sequence) const;
+  void fail(const std::string& what);
+  std::string where(int64_t sequence, int error) const;
+
+  const std::vector<std::string> paths_;
+  const std::vector<Piece> pieces_;
+  std::vector<int> distance_;  // how many pieces before it the last one lies that shares its place: 1 to n_pieces
+  uint8_t* const window_;
+  const int64_t request_bytes_;
+  std::vector<FlashFile> files_;
+  std::unique_ptr<FlashReader> reader_;
+
+  // Pieces are counted on over all passes: sequence = pass * n_pieces + piece.
+  alignas(64) std::atomic<int64_t> loaded_{0};    // all before it are in the window
+  alignas(64) std::atomic<int64_t> released_{0};  // all before it may be overwritten
+  std::atomic<bool> stop_{false}, failed_{false};
+  std::string failure_;  // written before failed_
+  std::atomic<int64_t> read_bytes_{0}, waited_ns_{0};
+  std::thread thread_;  // last
+};
+
+}  // namespace elute

@@ -1,0 +1,128 @@
+"""Splits a memory budget: which planes stay, and through what window the others pass. Pure.
+
+Sizes are bytes, of which planes come in multiples of BLOCK. Knows no file and no kernel.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from elute.errors import BudgetError
+
+BLOCK = 4096  # what a read past the page cache is a multiple of
+# Uses that the window holds at a time: one is multiplied, one is read, and the disk has not to
+# wait for the processor at the seam.
+USES_IN_WINDOW = 3
+
+
+@dataclass(frozen=True)
+class Use:
+    """Matrices that are multiplied at once, so that all must be in memory together."""
+
+    names: tuple[str, ...]
+    n_bytes: tuple[int, ...]
+
+    @property
+    def total(self) -> int:
+        return sum(self.n_bytes)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a budget is spent on.
+
+    fixed     by purpose: what every plan needs
+    pinned    matrices whose planes stay
+    places    of the others, in the order of use: where in the window they are read to
+    window    bytes
+    missed    bytes that a forward reads from flash
+    """
+
+    budget: int
+    fixed: Mapping[str, int]
+    pinned: tuple[str, ...]
+    pinned_bytes: int
+    places: Mapping[str, int]
+    window: int
+    missed: int
+
+    @property
+    def total(self) -> int:
+        return sum(self.fixed.values()) + self.pinned_bytes + self.window
+
+    def seconds(self, *, touched: int, flash_bytes_s: float, dram_bytes_s: float) -> float:
+        """A forward of one token takes at least this: reading flash and reading memory overlap."""
+        return max(self.missed / flash_bytes_s, touched / dram_bytes_s)
+
+
+def least_window(uses: Sequence[Use]) -> int:
+    """So that a use fits wherever in the window it begins."""
+    largest = max(use.total for use in uses)
+    return largest + max(size for use in uses for size in use.n_bytes)
+
+
+def solve(budget: int, fixed: Mapping[str, int], uses: Sequence[Use]) -> Plan:
+    """The plan that reads least. Raises BudgetError, naming the least budget that works."""
+    planes = sum(use.total for use in uses)
+    needed = sum(fixed.values())
+    rest = budget - needed
+    names = [name for use in uses for name in use.names]
+    if rest >= planes:
+        return Plan(budget, fixed, tuple(names), planes, {}, 0, 0)
+    least = least_window(uses)
+    if rest < least:
+        parts = ", ".join(f"{purpose} {size / 1e6:.0f}" for purpose, size in fixed.items())
+        raise BudgetError(
+            f"memory: found {budget / 1e6:.0f} MB, wanted at least {(needed + least) / 1e6:.0f} "
+            f"(MB: {parts}, window {least / 1e6:.0f}); give more, or a smaller context"
+        )
+    window = max(least, min(USES_IN_WINDOW * max(use.total for use in uses), rest // 2))
+    pinned, pinned_bytes = _spread(uses, rest - window)
+    streamed = [
+        (name, size)
+        for use in uses
+        for name, size in zip(use.names, use.n_bytes, strict=True)
+        if name not in pinned
+    ]
+    return Plan(
+        budget,
+        fixed,
+        tuple(name for name in names if name in pinned),
+        pinned_bytes,
+        _places(streamed, window),
+        window,
+        sum(size for _, size in streamed),
+    )
+
+
+def _spread(uses: Sequence[Use], room: int) -> tuple[set[str], int]:
+    """Matrices to pin, evenly over the forward: then the disk reads while pinned ones multiply."""
+    total = sum(use.total for use in uses)
+    pinned: set[str] = set()
+    used = passed = 0
+    for use in uses:
+        for name, size in zip(use.names, use.n_bytes, strict=True):
+            passed += size
+            if used + size <= room * passed // total:
+                pinned.add(name)
+                used += size
+    # What the rounding left over, first come.
+    for use in uses:
+        for name, size in zip(use.names, use.n_bytes, strict=True):
+            if name not in pinned and used + size <= room:
+                pinned.add(name)
+                used += size
+    return pinned, used
+
+
+def _places(streamed: Sequence[tuple[str, int]], window: int) -> dict[str, int]:
+    """One behind the other; from the start again where the next does not fit."""
+    places: dict[str, int] = {}
+    at = 0
+    for name, size in streamed:
+        if at + size > window:
+            at = 0
+        places[name] = at
+        at += size
+    return places

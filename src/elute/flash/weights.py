@@ -1,0 +1,175 @@
+"""A model's weights in as much memory as they are given: some stay, the others pass through."""
+
+from __future__ import annotations
+
+import logging
+import mmap
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from elute import _native
+from elute.errors import DeviceError
+from elute.flash.plan import BLOCK, Plan, Use
+from elute.formats.packed import PackedModel
+from elute.formats.packed_layout import MatrixRecord, Part
+from elute.model.ops import Linear, OpList
+from elute.types import F32, PANEL, U8, Affine, PackedMatrix
+
+log = logging.getLogger(__name__)
+
+DEPTH = 8  # requests in flight
+REQUEST_BYTES = 1 << 20  # both: what measured disks need for their best sequential rate
+
+
+class FlashWeights:
+    """The WeightSource of a plan. Everything but the streamed planes is read when it is opened.
+
+    Nothing is mapped, so what the process holds is what the plan counts. Raises DeviceError when a
+    file cannot be read.
+    """
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        ops: OpList,
+        plan: Plan,
+        *,
+        reader: str = "auto",
+        depth: int = DEPTH,
+        request_bytes: int = REQUEST_BYTES,
+        direct: bool = True,
+    ) -> None:
+        self._packed = packed
+        self._options = (reader, depth, request_bytes, direct)
+        self._files = list(packed.shards)
+        self._parts: dict[str, tuple[int, Part]] = {}  # what stays: its place and its kind
+        self.plan = plan
+        pieces, size = [], 0
+        for name in (*ops.matrices(), *ops.vectors()):
+            for part in packed.records[name].parts():
+                if part.suffix == ".planes" and name in plan.places:
+                    continue
+                self._parts[name + part.suffix] = (size, part)
+                pieces.append(self._piece(name, part, size))
+                size += part.stored_bytes
+        self._memory = pages(size)
+        self._window = pages(plan.window) if plan.places else None
+        loading = self._open(pieces, self._memory)
+        loading.load()
+        if loading.failure:
+            raise DeviceError(loading.failure)
+        self.reader = loading.reader
+        if direct and not loading.direct:
+            log.warning(
+                "%s: the file system refuses O_DIRECT; reading through the page cache and "
+                "emptying it behind, which is slower",
+                packed.path,
+            )
+        self._stream: _native.WeightStream | None = None
+
+    def matrix(self, name: str) -> PackedMatrix:
+        record = self._packed.records[name]
+        assert isinstance(record, MatrixRecord)
+        group_shape = (record.n_panels, record.n_groups, PANEL)
+        symmetric = record.affine is Affine.SYMMETRIC
+        if name in self.plan.places:
+            assert self._window is not None
+            (planes,) = (part for part in record.parts() if part.suffix == ".planes")
+            at = self.plan.places[name]
+            planes_bytes = self._window[at : at + planes.n_bytes]
+        else:
+            planes_bytes = self._array(name + ".planes")
+        return PackedMatrix(
+            shape=record.shape,
+            planes=planes_bytes,
+            scales=self._array(name + ".scales").reshape(group_shape),
+            offsets=None if symmetric else self._array(name + ".offsets").reshape(group_shape),
+            affine=record.affine,
+            zero=record.zero,
+            bits=record.bits,
+            group_size=record.group_size,
+            columns=self._array(name + ".columns") if record.columns else None,
+        )
+
+    def vector(self, name: str) -> F32:
+        values: F32 = self._array(name)
+        return values
+
+    def attach(self, native: _native.Executor, names: Sequence[str]) -> None:
+        """Lets the executor, whose matrices have these names, use what streams."""
+        if not self.plan.places:
+            return
+        assert self._window is not None
+        order = list(self.plan.places)
+        pieces = []
+        for name in order:
+            record = self._packed.records[name]
+            planes = next(iter(record.parts()))
+            pieces.append(self._piece(name, planes, self.plan.places[name]))
+        self._stream = self._open(pieces, self._window)
+        index = {name: i for i, name in enumerate(order)}
+        native.stream(self._stream, [index.get(name, -1) for name in names])
+
+    def figures(self) -> tuple[int, float]:
+        """(bytes read from flash since it was opened, seconds that threads waited for them)."""
+        return self._stream.figures() if self._stream is not None else (0, 0.0)
+
+    def _piece(self, name: str, part: Part, at: int) -> tuple[int, int, int, int]:
+        record = self._packed.records[name]
+        offset = self._packed.shards[record.file].offset(name + part.suffix)
+        return self._files.index(record.file), offset, part.stored_bytes, at
+
+    def _open(self, pieces: list[tuple[int, int, int, int]], memory: U8) -> _native.WeightStream:
+        reader, depth, request_bytes, direct = self._options
+        paths = [str(self._packed.path / file) for file in self._files]
+        try:
+            return _native.open_stream(
+                paths, pieces, memory, reader, depth, request_bytes, direct
+            )
+        except RuntimeError as error:  # std::system_error: a file that is gone, a reader refused
+            raise DeviceError(f"flash: {error}; check the model's files, or the reader") from None
+
+    def _array(self, key: str) -> npt.NDArray[Any]:
+        at, part = self._parts[key]
+        dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}[part.dtype]
+        return self._memory[at : at + part.n_bytes].view(dtype)
+
+
+def uses(ops: OpList, packed: PackedModel) -> list[Use]:
+    """The uses of a forward, in order: linears, cut as the executor cuts them (by column order)."""
+    found: list[Use] = []
+    for op in ops.ops:
+        if not isinstance(op, Linear):
+            continue
+        by_order: dict[bytes, list[str]] = {}
+        for name in op.weights:
+            columns = packed.matrix(name).columns
+            by_order.setdefault(b"" if columns is None else columns.tobytes(), []).append(name)
+        for names in by_order.values():
+            sizes = tuple(next(iter(packed.records[name].parts())).stored_bytes for name in names)
+            found.append(Use(tuple(names), sizes))
+    return found
+
+
+def resident_bytes(ops: OpList, packed: PackedModel) -> int:
+    """Of all that stays under any plan: everything but the planes of linears."""
+    linear = {name for use in uses(ops, packed) for name in use.names}
+    return sum(
+        part.stored_bytes
+        for name in (*ops.matrices(), *ops.vectors())
+        for part in packed.records[name].parts()
+        if not (part.suffix == ".planes" and name in linear)
+    )
+
+
+def pages(n_bytes: int) -> U8:
+    """Zeroed pages of this process alone, aligned to them, and as huge ones where possible."""
+    memory = mmap.mmap(-1, max(n_bytes, BLOCK), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    if hasattr(mmap, "MADV_HUGEPAGE"):
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return np.frombuffer(memory, np.uint8)
+
+

@@ -1,0 +1,103 @@
+"""What a process needs beside the planes of its weights, and a plan that keeps it in a budget."""
+
+from __future__ import annotations
+
+import logging
+import re
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+from elute.errors import BudgetError, ShapeError
+from elute.flash.plan import Plan, Use, solve
+from elute.kernels import kv_cache
+from elute.model.ops import Attention, OpList
+
+if TYPE_CHECKING:
+    from elute.formats.packed import PackedModel
+
+log = logging.getLogger(__name__)
+
+UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
+CACHE_TILE = 64  # positions that the cache grows by
+# A context of thousands of positions fits most uses; the model's own may take more than its weights.
+DEFAULT_CONTEXT = 4096
+HUGE_PAGE = 2 << 20  # what arenas are rounded up to
+# The interpreter's own growth while it answers, allocator arenas and stacks of threads.
+GROWTH_BYTES = 24_000_000
+
+
+def parse_size(text: str | int) -> int:
+    """Bytes of "1.5G", "800M", "2GiB" or a number. Raises ShapeError for anything else."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?(?:iB)?|[KMG]B)\s*", str(text), re.IGNORECASE)
+    unit = found[2].upper() if found else ""
+    if unit.endswith("B") and not unit.endswith("IB"):
+        unit = unit[:-1]
+    if found is None or unit not in UNITS:
+        raise ShapeError(f"memory: found {text!r}, wanted a size such as 1.5G, 800M or 2GiB")
+    return int(float(found[1]) * UNITS[unit])
+
+
+def cache_bytes(ops: OpList, context: int, kind: kv_cache.CacheType) -> int:
+    """Of a cache whose every position is used."""
+    positions = -(-context // CACHE_TILE) * CACHE_TILE
+    each = kv_cache.position_bytes(kind, n_kv_heads=ops.n_kv_heads, head_width=ops.head_width)
+    return positions * ops.n_layers * each
+
+
+def scratch_bytes(ops: OpList, *, chunk: int, n_threads: int, context: int) -> int:
+    """Registers, quantized activations, tables, logits and results of the native executor."""
+    widest = max(ops.registers.values())
+    heads = max((op.n_heads for op in ops.ops if isinstance(op, Attention)), default=1)
+    rows = 4 * chunk * sum(ops.registers.values())
+    # codes, scales, sums, pair words and tiles a row; tables of the few rows that are looked up
+    activations = chunk * widest * 4 + 16 * widest * 5
+    partials = heads * (-(-context // 256)) * (ops.head_width + 2) * 4
+    threads = n_threads * (chunk * 32 * 4 * 4 + 512 * 1024)
+    return rows + activations + partials + threads + 3 * 4 * ops.vocabulary
+
+
+@dataclass(frozen=True)
+class Fit:
+    """A plan, and the context that it was made for."""
+
+    plan: Plan
+    context: int
+
+
+def fit(
+    packed: PackedModel,
+    ops: OpList,
+    budget: int,
+    *,
+    process: int,
+    context: int | None,
+    cache_type: str,
+    chunk: int,
+    n_threads: int,
+) -> Fit:
+    """Splits `budget`; `process` is what the process holds before the weights.
+
+    Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
+    least budget that works.
+    """
+    from elute.flash.weights import resident_bytes, uses
+
+    kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
+    chosen = min(ops.context, DEFAULT_CONTEXT) if context is None else context
+    if context is None and chosen < ops.context:
+        log.info(
+            "memory: a context of %d tokens of the model's %d, to leave room for weights; "
+            "--context changes it",
+            chosen,
+            ops.context,
+        )
+    if chosen < 1:
+        raise BudgetError(f"context: found {chosen}, wanted at least 1")
+    order: list[Use] = uses(ops, packed)
+    fixed = {
+        "process": process + GROWTH_BYTES,
+        "resident weights": resident_bytes(ops, packed) + 2 * HUGE_PAGE,
+        "cache": cache_bytes(ops, chosen, kind),
+        "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
+    }
+    return Fit(solve(budget, fixed, order), chosen)
