@@ -62,9 +62,11 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
             if given["as_json"]:
                 _print_json(model, done, load_s)
             else:
-                from elute.cli.screen import figures_line
+                from elute.cli.screen import figures_line, flash_line
 
                 screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
+                if model.flash is not None and model.flash.plan.missed:
+                    screen.note(flash_line(model.flash))
     return EXIT_INTERRUPTED if done.finish_reason == "cancelled" else 0
 
 
@@ -137,7 +139,7 @@ def answer(
 
 
 def _print_json(model: Model, done: Completion, load_s: float) -> None:
-    from elute.cli.screen import answer_json, figures_json, seconds_since_start
+    from elute.cli.screen import answer_json, figures_json, flash_json, seconds_since_start
 
     value: dict[str, Any] = {
         "model": model.name,
@@ -150,6 +152,8 @@ def _print_json(model: Model, done: Completion, load_s: float) -> None:
         # Measured at the end, less what came after the first token.
         "start_to_first_token_s": round(seconds_since_start() - done.figures.generation_s, 3),
     }
+    if model.flash is not None:
+        value["flash"] = flash_json(model.flash)
     if done.logprobs:
         value["logprobs"] = [
             {

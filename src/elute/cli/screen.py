@@ -14,6 +14,7 @@ import click
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
+    from elute.flash.weights import FlashWeights
     from elute.runtime.engine import Figures
 
 MIB = 1 << 20
@@ -134,6 +135,26 @@ def figures_line(figures: Figures, *, bits_per_weight: float) -> str:
             f"{bits_per_weight:.2f} bits a weight",
         ]
     )
+
+
+def flash_line(weights: FlashWeights) -> str:
+    """What reading weights from flash cost."""
+    read, waited_s = weights.figures()
+    return (
+        f"flash {weights.plan.missed / 1e6:.0f} MB a token · {read / 1e6:.0f} MB read by "
+        f"{weights.reader} · waited {waited_s:.2f} s for them"
+    )
+
+
+def flash_json(weights: FlashWeights) -> dict[str, Any]:
+    """The same under the keys of --json."""
+    read, waited_s = weights.figures()
+    return {
+        "reader": weights.reader,
+        "missed_bytes": weights.plan.missed,
+        "read_bytes": read,
+        "waited_s": round(waited_s, 4),
+    }
 
 
 def figures_json(figures: Figures, *, bits_per_weight: float) -> dict[str, Any]:

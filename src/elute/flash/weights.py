@@ -126,9 +126,7 @@ class FlashWeights:
         reader, depth, request_bytes, direct = self._options
         paths = [str(self._packed.path / file) for file in self._files]
         try:
-            return _native.open_stream(
-                paths, pieces, memory, reader, depth, request_bytes, direct
-            )
+            return _native.open_stream(paths, pieces, memory, reader, depth, request_bytes, direct)
         except RuntimeError as error:  # std::system_error: a file that is gone, a reader refused
             raise DeviceError(f"flash: {error}; check the model's files, or the reader") from None
 
@@ -146,7 +144,9 @@ def uses(ops: OpList, packed: PackedModel) -> list[Use]:
             continue
         by_order: dict[bytes, list[str]] = {}
         for name in op.weights:
-            columns = packed.matrix(name).columns
+            record = packed.records[name]
+            ordered = isinstance(record, MatrixRecord) and record.columns
+            columns = packed.matrix(name).columns if ordered else None
             by_order.setdefault(b"" if columns is None else columns.tobytes(), []).append(name)
         for names in by_order.values():
             sizes = tuple(next(iter(packed.records[name].parts())).stored_bytes for name in names)
@@ -171,5 +171,3 @@ def pages(n_bytes: int) -> U8:
     if hasattr(mmap, "MADV_HUGEPAGE"):
         memory.madvise(mmap.MADV_HUGEPAGE)
     return np.frombuffer(memory, np.uint8)
-
-

@@ -116,7 +116,8 @@ class Executor:
         The cache forgets what it held from `position` on. How tokens are cut into calls does not
         change a bit. Raises BudgetError beyond the context, ShapeError for token ids that the model
         does not have or a position beyond what the cache holds, UnsupportedError while another
-        thread's forward runs.
+        thread's forward runs, DeviceError when weights cannot be read or a forked child's threads
+        not be started.
         """
         if not self._turn.acquire(blocking=False):
             raise UnsupportedError(
@@ -126,6 +127,8 @@ class Executor:
             )
         try:
             return self._forward(self._checked(tokens, position), position, all_logits)
+        except RuntimeError as error:
+            raise DeviceError(str(error)) from None
         finally:
             self._turn.release()
 

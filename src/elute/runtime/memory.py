@@ -19,7 +19,7 @@ log = logging.getLogger(__name__)
 
 UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
 CACHE_TILE = 64  # positions that the cache grows by
-# A context of thousands of positions fits most uses; the model's own may take more than its weights.
+# Thousands of positions fit most uses; a model's own context may take more than its weights.
 DEFAULT_CONTEXT = 4096
 HUGE_PAGE = 2 << 20  # what arenas are rounded up to
 # The interpreter's own growth while it answers, allocator arenas and stacks of threads.
@@ -28,7 +28,9 @@ GROWTH_BYTES = 24_000_000
 
 def parse_size(text: str | int) -> int:
     """Bytes of "1.5G", "800M", "2GiB" or a number. Raises ShapeError for anything else."""
-    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMG]?(?:iB)?|[KMG]B)\s*", str(text), re.IGNORECASE)
+    found = re.fullmatch(
+        r"\s*(\d+(?:\.\d+)?)\s*([KMG]?(?:iB)?|[KMG]B)\s*", str(text), re.IGNORECASE
+    )
     unit = found[2].upper() if found else ""
     if unit.endswith("B") and not unit.endswith("IB"):
         unit = unit[:-1]

@@ -1,0 +1,92 @@
+"""`elute plan`: what a budget of memory would be spent on, and how fast the model would be."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from elute.cli import options
+
+if TYPE_CHECKING:
+    from elute.bench.budget import Forecast
+
+EXIT_SLOW, EXIT_IMPOSSIBLE = 1, 2
+
+
+@click.command("plan")
+@click.argument("model", default="default")
+@click.option("--memory", required=True, metavar="SIZE", help="The budget, such as 1.5G.")
+@options.pack_options
+@click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together.")
+@click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]")
+@options.cache_type
+@click.option(
+    "--flash",
+    "flash_gb_s",
+    type=click.FloatRange(min=0.001),
+    help="GB/s of the disk, instead of measuring the one that the model is on.",
+)
+@options.as_json
+@options.quiet
+def command(
+    model: str,
+    memory: str,
+    context: int | None,
+    threads: int | None,
+    cache_type: str | None,
+    flash_gb_s: float | None,
+    as_json: bool,
+    quiet: bool,
+    **given: Any,
+) -> int:
+    """Show how a budget of memory is split, the bound that the disk sets, and the expected rate.
+
+    MODEL is packed first where it is not. Leaves with 0 when all weights fit, with 1 when some are
+    read from flash for every token, with 2 when the budget is too small.
+    """
+    from elute.bench.budget import forecast
+    from elute.cli.screen import Screen, answer_json
+    from elute.errors import BudgetError
+    from elute.runtime.store import open_packed
+
+    with Screen(quiet=quiet) as screen:
+        packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
+        try:
+            found = forecast(
+                packed,
+                memory,
+                context=context,
+                threads=threads,
+                cache_type=cache_type or "f16",
+                flash_gb_s=flash_gb_s,
+            )
+        except BudgetError as error:
+            click.echo(f"error: {error}", err=True)
+            return EXIT_IMPOSSIBLE
+    if as_json:
+        answer_json(found.to_json())
+    else:
+        click.echo(_page(found))
+    return EXIT_SLOW if found.plan.missed else 0
+
+
+def _page(found: Forecast) -> str:
+    plan = found.plan
+    planes = plan.pinned_bytes + plan.missed
+    rows = [(purpose, f"{size / 1e6:9.1f} MB") for purpose, size in plan.fixed.items()]
+    rows += [
+        ("layers kept", f"{plan.pinned_bytes / 1e6:9.1f} MB of {planes / 1e6:.1f}"),
+        ("window", f"{plan.window / 1e6:9.1f} MB"),
+        ("in all", f"{plan.total / 1e6:9.1f} MB of {plan.budget / 1e6:.1f}"),
+        (
+            "a token reads",
+            f"{plan.missed / 1e6:9.1f} MB of flash, {found.touched / 1e6:.1f} in all",
+        ),
+        ("flash", f"{found.flash_gb_s:9.2f} GB/s"),
+        ("memory", f"{found.dram_gb_s:9.2f} GB/s"),
+        ("context", f"{found.context:9d} tokens"),
+        ("expected", f"{found.tok_s:9.2f} tok/s at most, by {found.limit}"),
+        ("verdict", "fits" if not plan.missed else "slow: reads flash for every token"),
+    ]
+    return "\n".join(f"{name:<18}{value}" for name, value in rows)

@@ -1,0 +1,101 @@
+"""The budget is kept by a whole process inside a memory cgroup, with the tokens of no limit."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from elute.bench.random_packed import random_packed
+from elute.bench.random_weights import random_recipe
+from elute.bench.shapes import CONFIGS
+
+# 96 MB of planes beside some 75 MB of interpreter, libraries and tokenizer.
+CONFIG = {
+    **CONFIGS["llama-3.2-1b"],
+    "hidden_size": 1024,
+    "intermediate_size": 3072,
+    "num_hidden_layers": 8,
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "vocab_size": 4096,
+}
+CHILD = """
+import json, sys
+import elute
+memory = sys.argv[2] or None
+with elute.load(sys.argv[1], cache_dir=sys.argv[3], memory=memory, context=512, threads=2) as model:
+    told = model.generate([*range(300)], max_tokens=12, temperature=0, ignore_end=True)
+    status = open("/proc/self/status").read().splitlines()
+    (peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
+    plan = model.flash.plan if model.flash else None
+    print(json.dumps({
+        "tokens": told.tokens, "peak": 1024 * peak, "missed": plan.missed if plan else 0,
+        "read": model.flash.figures()[0] if plan else 0,
+    }))
+"""
+V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
+
+
+class Group:
+    """A memory control group of either version, which a process joins before it starts."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        v1 = (V1 / "memory.limit_in_bytes").exists()
+        root = V1 if v1 else V2
+        if not v1 and "memory" not in _text(root / "cgroup.subtree_control").split():
+            pytest.skip("no memory cgroup whose groups may be limited is mounted")
+        self.folder = root / "elute-test-budget"
+        try:
+            self.folder.mkdir(exist_ok=True)
+            limit = "memory.limit_in_bytes" if v1 else "memory.max"
+            (self.folder / limit).write_text(str(limit_bytes))
+        except OSError as error:
+            pytest.skip(f"memory cgroups cannot be made here: {error}")
+        self._peak = "memory.max_usage_in_bytes" if v1 else "memory.peak"
+
+    def run(self, command: list[str]) -> subprocess.CompletedProcess[str]:
+        join = f'echo $$ > "{self.folder}/cgroup.procs" && exec "$@"'
+        return subprocess.run(
+            ["sh", "-c", join, "sh", *command], capture_output=True, text=True, timeout=300
+        )
+
+    def peak_bytes(self) -> int:
+        return int(_text(self.folder / self._peak))
+
+    def close(self) -> None:
+        self.folder.rmdir()
+
+
+def _text(path: Path) -> str:
+    return path.read_text() if path.exists() else ""
+
+
+@pytest.fixture(scope="module")
+def packed(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("budget") / "model"
+    return random_packed(CONFIG, random_recipe(bits=8, outer_bits=8), folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_run_in_a_cgroup_of_the_budget_gives_the_tokens_of_no_limit(packed, tmp_path):
+    command = [sys.executable, "-c", CHILD, str(packed.path)]
+    free = subprocess.run(
+        [*command, "", str(tmp_path)], capture_output=True, text=True, check=True, timeout=300
+    )
+    wanted = json.loads(free.stdout)
+    budget = 160_000_000
+    assert wanted["peak"] > budget  # it would not fit
+    group = Group(budget * 105 // 100)
+    try:
+        done = group.run([*command, str(budget), str(tmp_path)])
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["tokens"] == wanted["tokens"]
+        assert told["peak"] <= budget
+        assert group.peak_bytes() <= budget * 105 // 100
+        forwards = 2 + 11  # chunks of the prompt, and tokens after the first
+        assert forwards * told["missed"] <= told["read"] <= (forwards + 1) * told["missed"]
+    finally:
+        group.close()
