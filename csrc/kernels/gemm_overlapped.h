@@ -1,6 +1,6 @@
 // lut_gemm's tiles where there are registers for two: while a segment of columns is multiplied, the float end of the one
-// before it runs between its quads. Otherwise the multipliers wait for it: Zen 5, groups of 64, 0.87 of their peak
-// instead of 0.80 on data in the first-level cache, groups of 32 0.77 instead of 0.67.
+// before it runs between its quads. Otherwise the multipliers wait for it: Zen 5, one thread, 128 rows, groups
+// of 64 0.79 of their peak instead of 0.71, of 32 0.70 instead of 0.59 (docs/log.md).
 // Included by lut_gemm_body.h. Bit for bit what gemm_rows gives.
 #pragma once
 
@@ -56,9 +56,10 @@ struct SegmentEnd {
   float *sums, *group, *x_sums;  // of the tile's first row in the scratch
   bool ends_group;
   float own_x_sums[kTileRows];  // of the segment's activations, where it is a group
+  alignas(32) float taken[8];   // centre * (sum of q) of the rows: what the products of uncentred codes have too much
 };
 
-template <int SegmentQuads, Affine Kind, bool Whole>
+template <class D, int SegmentQuads, Affine Kind, bool Whole>
 ELUTE_INLINE void describe(const TileCursor<SegmentQuads>& at, SegmentEnd& end) {
   const GemmScratch& scratch = at.g.scratch;
   end.act_scales = at.tile->scales;
@@ -68,7 +69,9 @@ ELUTE_INLINE void describe(const TileCursor<SegmentQuads>& at, SegmentEnd& end) 
   end.group = scratch.group + int64_t{at.row} * kPanel;
   end.x_sums = scratch.x_sums + at.row;
   end.ends_group = at.ends_group();
-  if constexpr (Kind != Affine::symmetric) {
+  if constexpr (Kind == Affine::symmetric) {
+    D::centre_sums(at.pair_words(), at.g.centre, end.taken);
+  } else {
     for (int r = 0; r < kTileRows; ++r) {
       const float term = end.act_scales[r] * static_cast<float>(both_pairs(at.pair_words()[r]));
       if (Whole) end.own_x_sums[r] = term;
@@ -81,7 +84,11 @@ ELUTE_INLINE void describe(const TileCursor<SegmentQuads>& at, SegmentEnd& end) 
 template <Affine Kind, bool Whole>
 ELUTE_INLINE void finish_vector(const SegmentEnd& end, int r, int v, Ints dot) {
   const int64_t at = r * kPanel + v * kLanes;
-  const Floats part = mul(set_floats(end.act_scales[r]), to_floats(dot));
+  // Integers below 2^24: their float difference is that of the integers, and its pipe has nothing to do. Sums that
+  // begin at -taken would cost broadcasts before the first product.
+  Floats centred = to_floats(dot);
+  if constexpr (Kind == Affine::symmetric) centred = sub(centred, set_floats(end.taken[r]));
+  const Floats part = mul(set_floats(end.act_scales[r]), centred);
   if constexpr (Whole) {
     add_group_vector<Kind>(end.sums + at, load_floats(end.scale + v * kLanes), end.offset + v * kLanes,
                            Kind == Affine::symmetric ? 0 : end.own_x_sums[r], part);
@@ -107,13 +114,13 @@ void finish_group(const SegmentEnd& end) {
 template <class D, int SegmentQuads, Affine Kind, bool Whole>
 [[gnu::noinline]] int gemm_overlapped(const Gemm& g, int block, int n_quads) {
   constexpr int kAll = kTileRows * kVectors;
-  const int last = g.n_rows / kTileRows * kTileRows, centre = g.centre;
+  const int last = g.n_rows / kTileRows * kTileRows;
   TileCursor<SegmentQuads> at(g, block, n_quads);
   SegmentEnd before;
   Ints dots[kTileRows][kVectors];  // of the segment before
-  const auto word = [&](int r) { return at.pair_words()[r]; };
-  multiply_quads<D, kTileRows>(at.codes, at.q(), kLutWidth, kTileRows * kLutWidth, SegmentQuads, word, centre, dots);
-  describe<SegmentQuads, Kind, Whole>(at, before);
+  const auto nothing = [](int) { return 0u; };
+  multiply_quads<D, kTileRows>(at.codes, at.q(), kLutWidth, kTileRows * kLutWidth, SegmentQuads, nothing, 0, dots);
+  describe<D, SegmentQuads, Kind, Whole>(at, before);
   const int n_segments = last / kTileRows * (n_quads / SegmentQuads);
   const int lines = static_cast<int>((g.ahead_bytes / kCacheLine + n_segments - 1) / n_segments);  // a segment
   const uint8_t *ahead = g.ahead, *const ahead_end = ahead + g.ahead_bytes;
@@ -121,13 +128,11 @@ template <class D, int SegmentQuads, Affine Kind, bool Whole>
     for (int i = 0; i < lines && ahead < ahead_end; ++i, ahead += kCacheLine) prefetch(ahead);
     const uint8_t* codes = at.codes;
     const int8_t* q = at.q();
-    alignas(32) int32_t starts[8];
-    D::starts(at.pair_words(), centre, starts);
     typename D::Partial partial[kTileRows][kVectors];
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8
-      for (int v = 0; v < kVectors; ++v) partial[r][v] = set_ints(starts[r]);
+      for (int v = 0; v < kVectors; ++v) partial[r][v] = typename D::Partial{};
 #pragma GCC unroll 16
     for (int quad = 0; quad < SegmentQuads; ++quad) {
       add_quad<D>(partial, codes + quad * (kPanel * kLutWidth), q + quad * (kTileRows * kLutWidth), kLutWidth);
@@ -136,7 +141,7 @@ template <class D, int SegmentQuads, Affine Kind, bool Whole>
         finish_vector<Kind, Whole>(before, i / kVectors, i % kVectors, dots[i / kVectors][i % kVectors]);
     }
     if (!Whole && before.ends_group) finish_group<Kind>(before);
-    describe<SegmentQuads, Kind, Whole>(at, before);
+    describe<D, SegmentQuads, Kind, Whole>(at, before);
 #pragma GCC unroll 16
     for (int r = 0; r < kTileRows; ++r)
 #pragma GCC unroll 8

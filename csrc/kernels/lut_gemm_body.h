@@ -286,7 +286,7 @@ void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, in
       widen_scales(w.scales + scales_at, n_groups, scratch.scales);
       if (w.offsets) widen_scales(w.offsets + scales_at, n_groups, scratch.offsets);
       int row = 0;
-      if constexpr (requires { &Dot<Bits>::starts; }) row = gemm_overlapped_rows<Dot<Bits>>(g, block, n_quads);
+      if constexpr (requires { &Dot<Bits>::centre_sums; }) row = gemm_overlapped_rows<Dot<Bits>>(g, block, n_quads);
       gemm_all_rows<Dot<Bits>, kGemmRows>(g, row, block, n_quads);
     }
     for (int r = 0; r < n_rows; ++r) {

@@ -129,12 +129,11 @@ struct Product {
   using Partial = __m512i;
   static int centre(int, int zero) { return zero; }
   static Partial start(uint32_t pair_sums, int centre) { return _mm512_set1_epi32(-centre * both_pairs(pair_sums)); }
-  // start() of 8 rows, a number each.
-  static void starts(const uint32_t* pair_sums, int centre, int32_t* out) {
+  // centre times the sums of 8 rows, as floats.
+  static void centre_sums(const uint32_t* pair_sums, int centre, float* out) {
     const __m256i words = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(pair_sums));
-    const __m256i taken = _mm256_madd_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(-centre)));
-    _mm256_storeu_si256(reinterpret_cast<__m256i*>(out), taken);
-    asm("" : "+m"(*reinterpret_cast<int32_t(*)[8]>(out)));  // or GCC takes them out of the register one by one
+    const __m256i sums = _mm256_madd_epi16(words, _mm256_set1_epi16(static_cast<int16_t>(centre)));
+    _mm256_store_ps(out, _mm256_cvtepi32_ps(sums));
   }
   static void add(Partial& p, Bytes codes, Bytes q) { p = _mm512_dpbusd_epi32(p, codes, q); }
   static Ints total(Partial p) { return p; }
