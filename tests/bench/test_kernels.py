@@ -132,6 +132,7 @@ def test_auto_takes_what_the_race_found_for_the_bits_and_the_rows(monkeypatch):
         ({"rows": 0}, ShapeError, "96x128: found rows=0"),
         ({"threads": 513}, ShapeError, "96x128: found threads=513, wanted 1 to 512"),
         ({"n": 1 << 29, "k": 4096}, BudgetError, "use smaller shapes"),
+        ({"n": 1 << 20, "rows": 1 << 20}, BudgetError, "fewer rows"),
     ],
 )
 def test_a_case_that_cannot_be_measured_is_refused(changes, error, told):

@@ -75,6 +75,11 @@ class Case:
         return -(-size // PAGE_BYTES) * PAGE_BYTES
 
     @property
+    def rows_bytes(self) -> int:
+        """Of x and y, and about what the rows take quantized, with tables and tiles."""
+        return self.rows * (4 * self.n + 11 * self.k)
+
+    @property
     def operations(self) -> int:
         return 2 * self.n * self.k * self.rows
 
@@ -115,7 +120,8 @@ class _Arena:
         self.n_bytes = max(n_bytes, *(case.stride_bytes for case in cases))
         n_scales = max(self._copies(case) * case.n_scales for case in cases)
         n_offsets = max(self._copies(case) * case.n_scales * case.has_offsets for case in cases)
-        self._check_memory(self.n_bytes + 2 * (n_scales + n_offsets))
+        rows_bytes = max(case.rows_bytes for case in cases)
+        self._check_memory(self.n_bytes + 2 * (n_scales + n_offsets) + rows_bytes)
         random = np.random.Generator(np.random.PCG64(0))
 
         def halves(count: int) -> F16:
@@ -144,8 +150,8 @@ class _Arena:
         available = psutil.virtual_memory().available
         if wanted > available:
             raise BudgetError(
-                f"bench: the matrices take {wanted >> 20} MiB, but {available >> 20} MiB are "
-                "available; use smaller shapes or close other programs"
+                f"bench: matrices and rows take {wanted >> 20} MiB, but {available >> 20} MiB are "
+                "available; use smaller shapes, fewer rows or close other programs"
             )
 
 
