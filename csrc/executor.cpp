@@ -97,7 +97,7 @@ void Executor::finish(const LookupRows& lookup_rows) {
     looked_up = std::max(looked_up, std::min(lookup_rows_[m.bits], chunk_));
   }
   const int64_t padded = round_up(widest, kActBlock);
-  q_ = Pages(chunk_ * padded);
+  q_ = Pages(chunk_ * padded + kActPadding);
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
   pairs_ = Pages(chunk_ * padded / kActBlock * int64_t{sizeof(PairSums)});

@@ -18,6 +18,7 @@ constexpr int kBlockQuads = kActBlock / kLutWidth;
 constexpr int kSumRun = 16;                      // activations whose sum is kept: the smallest weight group
 constexpr int kTableBytes = 16;
 constexpr int kPlanesPadding = 64;               // bytes that kernels may read past the planes
+constexpr int kActPadding = 8;                   // and past q: lut_multiply loads 4 quads where it wants 2
 
 enum class Affine : int { symmetric = 0, zero = 1, min = 2 };
 
@@ -58,7 +59,7 @@ struct alignas(64) ActTile {
 
 // Rows of activations after quantize. K is padded with zeros to whole blocks.
 struct ActivationsView {
-  int8_t* q;        // [n_rows][n_blocks * kActBlock]
+  int8_t* q;        // [n_rows][n_blocks * kActBlock]; kActPadding readable bytes must follow
   float* scales;    // [n_rows][n_blocks]
   int32_t* sums;    // [n_rows][n_blocks * kActBlock / kSumRun]  of q
   PairSums* pairs;  // [n_rows][n_blocks]
