@@ -183,6 +183,8 @@ def _race(isa: str, bits: int) -> tuple[float, ...]:
 
     _announce()
     seconds = _native.race_seconds(isa, bits, list(RACE_ROWS), BUDGET_S)
+    # Its 64 MiB may lie where malloc had room left, which keeps them resident after they are freed.
+    _native.return_freed_memory()
     lookup, multiply = seconds[1:, :, 0], seconds[1:, :, 1]  # the first round warms up
     return tuple(round(float(ratio), 3) for ratio in np.median(lookup / multiply, axis=0))
 
