@@ -159,7 +159,8 @@ template <class D, int SegmentQuads, Affine Kind, bool Whole>
 template <class D>
 int gemm_overlapped_rows(const Gemm& g, int block, int n_quads) {
   const bool whole = g.segment_quads == g.group_quads;
-  if (!g.x.tiles || g.n_rows < kTileRows || n_quads % g.segment_quads != 0 || g.rest != 0) return 0;
+  // Tiles are counted from the activations' first row.
+  if (!g.x.tiles || g.x.row != 0 || g.n_rows < kTileRows || n_quads % g.segment_quads != 0 || g.rest != 0) return 0;
   int row = 0;
   with_affine(g.w.affine, [&]<Affine Kind>() {
     if (whole && g.segment_quads == kBlockQuads) row = gemm_overlapped<D, kBlockQuads, Kind, true>(g, block, n_quads);
