@@ -336,7 +336,8 @@ def load(
               None. Hub repositories stay in the hub's own cache
     memory    all that the process may hold, such as "1.5G": weights that do not fit are read from
               flash for every forward, with the same answers. Without a context it is then at most
-              4096 tokens. Packing a model that is not packed yet does not count
+              4096 tokens. Packing a model that is not packed yet does not count, nor what `score`
+              keeps, the logits of every token
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,

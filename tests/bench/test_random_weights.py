@@ -105,3 +105,11 @@ def test_a_model_beyond_the_memory_is_refused_before_it_is_made(monkeypatch):
     monkeypatch.setattr(random_weights, "available_bytes", lambda: 100 << 20)
     with pytest.raises(BudgetError, match=r"the weights take 3\d{3} MiB, but 100 MiB are"):
         random_subject("llama-2-7b", random_recipe(bits=4, outer_bits=8))
+
+
+def test_a_group_that_does_not_fit_is_said(caplog):
+    made = weights(random_recipe(bits=4, group_size=48, outer_bits=8))
+    assert made.matrix(GATE).group_size == 32
+    assert (
+        "14 random matrices take group_size=32, because 48 does not fit their rows" in caplog.text
+    )

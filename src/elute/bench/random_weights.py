@@ -6,7 +6,9 @@ is written to disk.
 
 from __future__ import annotations
 
+import logging
 import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -18,6 +20,8 @@ from elute.model.weights import weight_shapes
 from elute.pack.quads import planes_bytes
 from elute.quantize.recipe import DEFAULT_GROUP, EMBEDDING, HEAD, Recipe, Rule, Scheme
 from elute.types import F16, F32, OVER_READ, PANEL, U8, Affine, PackedMatrix
+
+log = logging.getLogger(__name__)
 
 # Planes are cut from one block of random bytes at changing places: copying is several times as
 # fast as drawing, and no kernel's time depends on which codes it meets.
@@ -54,6 +58,18 @@ class RandomWeights:
             name: recipe.rule_for(name).for_columns(shapes[name][1], where=name)
             for name in ops.matrices()
         }
+        regrouped: Counter[tuple[int | None, int | None]] = Counter(
+            (recipe.rule_for(name).group_size, rule.group_size)
+            for name, rule in rules.items()
+            if recipe.rule_for(name).group_size not in (None, rule.group_size)
+        )
+        for (wanted, used), n in regrouped.items():
+            log.warning(
+                "%d random matrices take group_size=%d, because %d does not fit their rows",
+                n,
+                used,
+                wanted,
+            )
         self._vectors = {name: shapes[name] for name in ops.vectors()}
         self._norms = {name for name in self._vectors if not name.endswith(".bias")}
         self._random = np.random.Generator(np.random.PCG64(0))

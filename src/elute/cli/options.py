@@ -111,12 +111,14 @@ load_options = _all(
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]"),
     kernel_options,
     cache_type,
-    click.option(
-        "--memory",
-        metavar="SIZE",
-        help="All that the process may hold, such as 1.5G; weights beyond it are read from flash "
-        "for every token, with the same answers.  [default: no limit]",
-    ),
+)
+
+# Not of eval, which keeps the logits of every token.
+memory = click.option(
+    "--memory",
+    metavar="SIZE",
+    help="All that the process may hold, such as 1.5G; weights beyond it are read from flash "
+    "for every token, with the same answers.  [default: no limit]",
 )
 
 # Longer than an answer with its reasoning; a small model that repeats itself never ends by itself.
@@ -172,6 +174,6 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         isa=options["isa"],
         kernel=options["kernel"],
         cache_type=options["cache_type"] or "f16",
-        memory=options["memory"],
+        memory=options.get("memory"),
         progress=screen,
     )

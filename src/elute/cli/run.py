@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 @click.option("--logprobs", type=int, metavar="N", help="With --json: N alternatives a token.")
 @options.sampling_options
 @options.load_options
+@options.memory
 @options.as_json
 @options.quiet
 def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:

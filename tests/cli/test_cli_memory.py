@@ -1,0 +1,89 @@
+"""`elute run --memory` and `elute plan`, each a process of its own on a model of random weights."""
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+
+from elute.bench.random_packed import random_packed
+from elute.bench.random_weights import random_recipe
+from elute.bench.shapes import CONFIGS
+
+CONFIG = {
+    **CONFIGS["llama-3.2-1b"],
+    "hidden_size": 512,
+    "intermediate_size": 2048,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("cli") / "model"
+    random_packed(CONFIG, random_recipe(bits=8, outer_bits=8), folder)
+    return str(folder)
+
+
+def elute(*arguments):
+    command = [sys.executable, "-m", "elute", *arguments]
+    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+
+
+@pytest.fixture(scope="module")
+def least(model):
+    """The least budget, as the refusal of none names it, in MB."""
+    refused = elute("plan", model, "--memory", "0", "--context", "256")
+    assert refused.returncode == 2
+    (line,) = refused.stderr.splitlines()
+    found = re.fullmatch(r"error: memory: found 0 MB, wanted at least (\d+) \(MB: .*\); .*", line)
+    assert found, line
+    return int(found[1])
+
+
+def test_plan_tells_by_its_exit_code_whether_a_model_fits(model, least):
+    tight = elute("plan", model, "--memory", f"{least + 5}M", "--context", "256", "--json", "-q")
+    told = json.loads(tight.stdout)
+    assert tight.returncode == 1
+    assert told["total_bytes"] <= told["budget_bytes"] == (least + 5) * 1_000_000
+    assert told["missed_bytes"] > 0
+    assert not told["fits"]
+    assert told["limit"] == "flash"
+    expected = told["flash_gb_s"] * 1e9 / told["missed_bytes"]
+    assert told["tok_s"] == pytest.approx(expected, rel=0.01)
+    roomy = elute("plan", model, "--memory", "2G", "--context", "256")
+    assert roomy.returncode == 0
+    assert "verdict           fits" in roomy.stdout
+
+
+def test_a_given_rate_of_the_disk_is_not_measured(model, least):
+    arguments = ["--memory", f"{least + 5}M", "--context", "256", "--flash", "0.5", "--json", "-q"]
+    told = json.loads(elute("plan", model, *arguments).stdout)
+    assert told["flash_gb_s"] == 0.5
+
+
+def test_run_keeps_its_budget_and_its_answer(model, least):
+    common = ["run", model, "eta", "--raw", "--temperature", "0", "--max-tokens", "8", "--json"]
+    free = json.loads(elute(*common, "-q").stdout)
+    budget = (least + 8) * 1_000_000
+    done = elute(*common, "--memory", str(budget), "--context", "256")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["text"] == free["text"]
+    assert told["peak_memory_bytes"] <= budget
+    assert told["flash"]["missed_bytes"] > 0
+    assert told["flash"]["read_bytes"] >= 8 * told["flash"]["missed_bytes"]
+    assert "flash" not in free
+
+
+@pytest.mark.parametrize("size", ["much", "-5", "1Q"])
+def test_a_size_that_is_none_is_one_sentence(model, size):
+    done = elute("run", model, "eta", "--memory", size)
+    assert done.returncode == 1
+    assert done.stderr == (
+        f"error: memory: found '{size}', wanted a size such as 1.5G, 800M or 2GiB\n"
+    )
