@@ -1,5 +1,7 @@
 #include "weight_stream.h"
 
+#include <unistd.h>
+
 #include <algorithm>
 #include <chrono>
 #include <cstring>
@@ -20,7 +22,11 @@ bool overlap(const WeightStream::Piece& a, const WeightStream::Piece& b) {
 
 WeightStream::WeightStream(const std::vector<std::string>& paths, std::vector<Piece> pieces, uint8_t* window,
                            std::string_view reader, int depth, int64_t request_bytes, bool direct)
-    : paths_(paths), pieces_(std::move(pieces)), window_(window), request_bytes_(request_bytes) {
+    : paths_(paths),
+      pieces_(std::move(pieces)),
+      window_(window),
+      request_bytes_(request_bytes),
+      process_(getpid()) {
   for (const std::string& path : paths) files_.emplace_back(path, direct);
   const int n = n_pieces();
   for (int i = 0; i < n; ++i) {
@@ -33,6 +39,11 @@ WeightStream::WeightStream(const std::vector<std::string>& paths, std::vector<Pi
 }
 
 WeightStream::~WeightStream() {
+  if (process_ != getpid()) {  // a forked child: the threads are the parent's alone, and so are reads in flight
+    new std::thread(std::move(thread_));
+    reader_.release();
+    return;
+  }
   stop_ = true;
   released_.fetch_add(1);  // who waits for a change of it must see one
   released_.notify_all();

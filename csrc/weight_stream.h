@@ -1,6 +1,8 @@
 // Weights that do not fit memory pass through a window: read ahead in the order in which a forward uses them, forward
 // after forward, each into its fixed place as soon as what lay there has been used. Knows no layer and no kernel.
 #pragma once
+#include <sys/types.h>
+
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -57,6 +59,7 @@ class WeightStream {
   std::vector<int> distance_;  // how many pieces before it the last one lies that shares its place: 1 to n_pieces
   uint8_t* const window_;
   const int64_t request_bytes_;
+  const pid_t process_;  // that has the threads
   std::vector<FlashFile> files_;
   std::unique_ptr<FlashReader> reader_;
 
