@@ -63,20 +63,6 @@ double operations_a_nanosecond(int n_threads, float (*work)(int64_t), int multip
   return 2.0 * multiply_adds_per_step * double(n_steps) * n_threads / seconds / 1e9;
 }
 
-// Executor::multiply_all: rows of a panel that a chunk of products holds.
-constexpr int kResultRows = 256;
-
-// The panels of w as a matrix of their own.
-MatrixView part_of(const MatrixView& w, Range panels) {
-  MatrixView part = w;
-  part.n = std::min(w.n, panels.end * kPanel) - panels.begin * kPanel;
-  part.planes += panels.begin * w.panel_bytes();
-  const int64_t halves = int64_t{panels.begin} * w.n_groups() * kPanel;
-  part.scales += halves;
-  if (w.offsets) part.offsets += halves;
-  return part;
-}
-
 }  // namespace
 
 Read read(const KernelTable& kernels, int n_threads, const uint8_t* data, int64_t n_bytes, int n_streams) {

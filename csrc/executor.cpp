@@ -16,19 +16,6 @@ namespace {
 
 int round_up(int x, int to) { return (x + to - 1) / to * to; }
 
-constexpr int kResultRows = 256;  // rows of a panel that a chunk of products holds: 32 KiB
-
-// The panels of w as a matrix of their own.
-MatrixView part_of(const MatrixView& w, Range panels) {
-  MatrixView part = w;
-  part.n = std::min(w.n, panels.end * kPanel) - panels.begin * kPanel;
-  part.planes += panels.begin * w.panel_bytes();
-  const int64_t halves = int64_t{panels.begin} * w.n_groups() * kPanel;
-  part.scales += halves;
-  if (w.offsets) part.offsets += halves;
-  return part;
-}
-
 }  // namespace
 
 Pages::Pages(int64_t bytes) : bytes_(std::max<int64_t>(bytes, 1)) {

@@ -1,5 +1,7 @@
 #include "matmul_rows.h"
 
+#include <algorithm>
+
 namespace elute {
 namespace {
 
@@ -8,6 +10,16 @@ namespace {
 constexpr int kMostDirectRows = 8;
 
 }  // namespace
+
+MatrixView part_of(const MatrixView& w, Range panels) {
+  MatrixView part = w;
+  part.n = std::min(w.n, panels.end * kPanel) - panels.begin * kPanel;
+  part.planes += panels.begin * w.panel_bytes();
+  const int64_t halves = int64_t{panels.begin} * w.n_groups() * kPanel;
+  part.scales += halves;
+  if (w.offsets) part.offsets += halves;
+  return part;
+}
 
 void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,
                       Range panels, const float* bias, float* y, int64_t ldy) {

@@ -6,6 +6,11 @@
 
 namespace elute {
 
+constexpr int kResultRows = 256;  // rows of a panel that a chunk of products holds: 32 KiB
+
+// The panels of w as a matrix of their own.
+MatrixView part_of(const MatrixView& w, Range panels);
+
 // y[r, n] = x @ w.T for panels.begin <= n / kPanel < panels.end and every row; y has ldy floats a row and, like bias
 // (null: none), points at output 0. Wants x.tables.
 void matmul_by_lookup(const MatmulKernels& kernels, const MatrixView& w, const ActivationsView& x, int n_rows,

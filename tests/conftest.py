@@ -24,7 +24,7 @@ def default_gguf() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where this session keeps what the race of the kernels measured, instead of in the user's
+    """Where a run of tests keeps what the race of the kernels measured, instead of in the user's
     cache."""
     from elute.kernels import registry
 
