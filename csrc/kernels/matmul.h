@@ -47,7 +47,7 @@ struct PairSums {
 ELUTE_INLINE int32_t both_pairs(uint32_t word) { return static_cast<int16_t>(word) + (static_cast<int32_t>(word) >> 16); }
 
 // One block of kTileRows rows, in the order in which lut_gemm's overlapped tiles read it: one stream instead of one a row.
-constexpr int kTileRows = 6;
+constexpr int kTileRows = 6;  // 12 registers of sums, 12 of the segment before, 6 of activations, 1 of codes: of 32
 struct alignas(64) ActTile {
   int8_t q[kBlockQuads][kTileRows][kLutWidth];
   float scales[8];                 // of the rows; 2 are unused

@@ -1,6 +1,7 @@
 """The budget is kept by a whole process inside a memory cgroup, with the tokens of no limit."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -46,7 +47,7 @@ class Group:
         root = V1 if v1 else V2
         if not v1 and "memory" not in _text(root / "cgroup.subtree_control").split():
             pytest.skip("no memory cgroup whose groups may be limited is mounted")
-        self.folder = root / "elute-test-budget"
+        self.folder = root / f"elute-test-budget-{os.getpid()}"
         try:
             self.folder.mkdir(exist_ok=True)
             limit = "memory.limit_in_bytes" if v1 else "memory.max"

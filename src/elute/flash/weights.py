@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elute import _native
-from elute.errors import DeviceError
+from elute.errors import NOTE, DeviceError
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Part
@@ -62,6 +62,8 @@ class FlashWeights:
         if loading.failure:
             raise DeviceError(loading.failure)
         self.reader = loading.reader
+        if reader == "auto" and self.reader != "io_uring":
+            log.log(NOTE, "this system refuses io_uring; weights are read by threads instead")
         if direct and not loading.direct:
             log.warning(
                 "%s: the file system refuses O_DIRECT; reading through the page cache and "
