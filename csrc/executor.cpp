@@ -67,6 +67,25 @@ int Executor::add_rope_table(std::vector<float> inverse_frequencies, float facto
   rope_tables_.push_back({std::move(inverse_frequencies), factor, {}, {}});
   return static_cast<int>(rope_tables_.size()) - 1;
 }
+int Executor::add_mask() {
+  masks_.emplace_back();
+  return static_cast<int>(masks_.size()) - 1;
+}
+void Executor::set_mask(int mask, std::vector<float> importance, float threshold) {
+  masks_[mask] = {std::move(importance), threshold};
+}
+void Executor::observe(bool on) {
+  observing_ = on;
+  if (!on) return;
+  histograms_.clear();
+  for (size_t i = 0; i < masks_.size() * n_threads(); ++i) histograms_.emplace_back(kScoreBins * int64_t{sizeof(int64_t)});
+}
+std::vector<int64_t> Executor::histogram(int mask) const {
+  std::vector<int64_t> sum(kScoreBins, 0);
+  for (int thread = 0; !histograms_.empty() && thread < n_threads(); ++thread)
+    for (int bin = 0; bin < kScoreBins; ++bin) sum[bin] += histograms_[mask * n_threads() + thread].as<int64_t>()[bin];
+  return sum;
+}
 void Executor::add_op(Op op) { ops_.push_back(std::move(op)); }
 
 void Executor::finish(const LookupRows& lookup_rows) {

@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "channel_mask.h"
 #include "dispatch.h"
 #include "thread_pool.h"
 #include "weight_stream.h"
@@ -45,6 +46,7 @@ struct LinearOp {
   std::vector<int> matrices, outputs;
   std::vector<std::vector<float>> biases;  // an empty one: none
   std::vector<int32_t> columns;            // empty: as they are
+  int mask = -1;      // add_mask()'s; -1: all channels of the input count
   int added_to = -1;                       // finish() moves an AddOp of the only output here
   int pieces_end = 0;  // stream(): pieces that must be in the window, counted from a forward's first; 0: none
 };
@@ -86,11 +88,17 @@ class Executor {
   int add_register(int width);
   int add_matrix(const MatrixView& view);
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
+  int add_mask();  // of the inputs of linear ops; until set_mask() nothing is masked
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
   // After finish(): matrix i of a LinearOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
   // the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
+
+  // Between forwards: from the next one on. Counting begins anew with each observe(true).
+  void set_mask(int mask, std::vector<float> importance, float threshold);
+  void observe(bool on);
+  std::vector<int64_t> histogram(int mask) const;  // [kScoreBins]
 
   // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
   // Indices are the caller's to check (bind/executor.cpp does).
@@ -171,8 +179,8 @@ class Executor {
   void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
   void attend_spans(const AttentionOp&, const Call&, Walk&);
   ActivationsView activations(int k, int n_rows, bool tables) const;  // of the op that runs
-  void quantize_rows(int input, const std::vector<int32_t>& columns, int k, Range rows, const Slice&, bool tables,
-                     int thread);
+  void quantize_rows(int input, const std::vector<int32_t>& columns, int mask, int k, Range rows, const Slice&,
+                     bool tables, int thread);
   bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
   void multiply(const Product&, int n_rows, int thread);
   template <typename Products>
@@ -186,6 +194,9 @@ class Executor {
   std::vector<MatrixView> matrices_;
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
+  std::vector<ChannelMask> masks_;
+  bool observing_ = false;
+  std::vector<Pages> histograms_;  // [mask * n_threads + thread], of kScoreBins
   std::vector<Op> ops_;
   std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;

@@ -141,26 +141,37 @@ void Executor::run_rows(const AddOp& op, const Call&, const Slice& slice, int) {
 void Executor::run_rows(const LinearOp& op, const Call& call, const Slice& slice, int thread) {
   bool tables = false;
   for (int m : op.matrices) tables |= looks_up(matrices_[m], call.n);
-  quantize_rows(op.input, op.columns, matrices_[op.matrices[0]].k, {0, call.n}, slice, tables, thread);
+  quantize_rows(op.input, op.columns, op.mask, matrices_[op.matrices[0]].k, {0, call.n}, slice, tables, thread);
 }
 
 void Executor::run_rows(const HeadOp& op, const Call& call, const Slice& slice, int thread) {
   if (!call.logits) return;
   const MatrixView& w = matrices_[op.matrix];
   const int first_row = call.first_logits_row();
-  quantize_rows(op.input, op.columns, w.k, {first_row, call.n}, slice, looks_up(w, call.n - first_row), thread);
+  quantize_rows(op.input, op.columns, -1, w.k, {first_row, call.n}, slice, looks_up(w, call.n - first_row), thread);
 }
 
-void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int k, Range rows, const Slice& slice,
-                             bool tables, int thread) {
+void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int mask, int k, Range rows,
+                             const Slice& slice, bool tables, int thread) {
   const Range channels = slice.channels(k);
   if (channels.begin >= channels.end) return;
   const ActivationsView all = activations(k, rows.end - rows.begin, tables);
+  const ChannelMask* const masked = mask < 0 || masks_[mask].importance.empty() ? nullptr : &masks_[mask];
   for (int r = std::max(slice.rows.begin, rows.begin); r < slice.rows.end; ++r) {
     const float* x = row(input, r);
-    if (!columns.empty()) {
+    if (masked || !columns.empty()) {
       float* gathered = gathered_[thread].as<float>();
-      for (int i = channels.begin; i < channels.end; ++i) gathered[i] = x[columns[i]];
+      for (int i = channels.begin; i < channels.end; ++i) {
+        const int channel = columns.empty() ? i : columns[i];
+        gathered[i] = masked ? masked->masked(channel, x[channel]) : x[channel];
+      }
+      if (masked && observing_) {
+        int64_t* const bins = histograms_[mask * n_threads() + thread].as<int64_t>();
+        for (int i = channels.begin; i < channels.end; ++i) {
+          const int channel = columns.empty() ? i : columns[i];
+          ++bins[score_bin(masked->score(channel, x[channel]))];
+        }
+      }
       x = gathered;
     }
     ActivationsView part = all.from_row(r - rows.begin).from_block(channels.begin / kActBlock);

@@ -59,7 +59,9 @@ class BoundExecutor {
     add(RmsNormOp{input, output, std::move(weight), w, n_runs, eps});
   }
   void linear(int input, std::vector<int> matrices, std::vector<int> outputs, std::vector<std::vector<float>> biases,
-              std::vector<int32_t> columns) {
+              std::vector<int32_t> columns, int mask) {
+    want(mask == -1 || (mask >= 0 && mask < static_cast<int>(mask_widths_.size()) && mask_widths_[mask] == width(input)),
+         "linear: mask");
     want(!matrices.empty() && matrices.size() == outputs.size() && matrices.size() == biases.size(), "linear: counts");
     for (size_t i = 0; i < matrices.size(); ++i) {
       want(at(matrices[i]).k == width(input) && at(matrices[i]).n == width(outputs[i]), "linear: widths");
@@ -67,7 +69,30 @@ class BoundExecutor {
       want(biases[i].empty() || static_cast<int>(biases[i].size()) == width(outputs[i]), "linear: bias");
     }
     check_columns(columns, width(input));
-    add(LinearOp{input, std::move(matrices), std::move(outputs), std::move(biases), std::move(columns)});
+    add(LinearOp{input, std::move(matrices), std::move(outputs), std::move(biases), std::move(columns), mask});
+  }
+  // Of the channels of linear ops whose input has this width.
+  int add_mask(int width) {
+    want(!finished_, "masks after finish()");
+    want(width >= 1, "mask: width");
+    mask_widths_.push_back(width);
+    return executor_->add_mask();
+  }
+  void set_mask(int mask, std::vector<float> importance, float threshold) {
+    want(finished_, "set_mask: not finished");
+    want(importance.empty() || static_cast<int>(importance.size()) == mask_width(mask), "set_mask: importance");
+    executor_->set_mask(mask, std::move(importance), threshold);
+  }
+  void observe(bool on) {
+    want(finished_, "observe: not finished");
+    executor_->observe(on);
+  }
+  nb::object histogram(int mask) const {
+    mask_width(mask);
+    const std::vector<int64_t> bins = executor_->histogram(mask);
+    auto copy = std::make_unique_for_overwrite<int64_t[]>(bins.size());
+    std::copy(bins.begin(), bins.end(), copy.get());
+    return owned_array(std::move(copy), {bins.size()});
   }
   void rope(int reg, int head_width, int table) {
     want(table >= 0 && table < static_cast<int>(rope_halves_.size()) && rope_halves_[table] * 2 == head_width,
@@ -161,6 +186,10 @@ class BoundExecutor {
     want(reg >= 0 && reg < static_cast<int>(widths_.size()), "register ids");
     return widths_[reg];
   }
+  int mask_width(int mask) const {
+    want(mask >= 0 && mask < static_cast<int>(mask_widths_.size()), "mask ids");
+    return mask_widths_[mask];
+  }
   const MatrixView& at(int matrix) const {
     want(matrix >= 0 && matrix < static_cast<int>(matrices_.size()), "matrix ids");
     return matrices_[matrix];
@@ -180,7 +209,7 @@ class BoundExecutor {
 
   int n_layers_, n_kv_heads_, head_width_;
   bool finished_ = false;
-  std::vector<int> widths_, rope_halves_;
+  std::vector<int> widths_, rope_halves_, mask_widths_;
   std::vector<MatrixView> matrices_;
   std::vector<nb::object> kept_;  // beyond executor_'s life, whose threads use it
   const WeightStream* stream_ = nullptr;
@@ -203,7 +232,11 @@ void bind_executor(nb::module_& m) {
       .def("rms_norm", &BoundExecutor::rms_norm, nb::arg("input"), nb::arg("output"), nb::arg("weight"),
            nb::arg("n_runs"), nb::arg("eps"))
       .def("linear", &BoundExecutor::linear, nb::arg("input"), nb::arg("matrices"), nb::arg("outputs"),
-           nb::arg("biases"), nb::arg("columns"))
+           nb::arg("biases"), nb::arg("columns"), nb::arg("mask") = -1)
+      .def("add_mask", &BoundExecutor::add_mask, nb::arg("width"))
+      .def("set_mask", &BoundExecutor::set_mask, nb::arg("mask"), nb::arg("importance"), nb::arg("threshold"))
+      .def("observe", &BoundExecutor::observe, nb::arg("on"))
+      .def("histogram", &BoundExecutor::histogram, nb::arg("mask"))
       .def("rope", &BoundExecutor::rope, nb::arg("register"), nb::arg("head_width"), nb::arg("table"))
       .def("attention", &BoundExecutor::attention, nb::arg("query"), nb::arg("key"), nb::arg("value"),
            nb::arg("output"), nb::arg("layer"), nb::arg("n_heads"), nb::arg("n_kv_heads"), nb::arg("head_width"),

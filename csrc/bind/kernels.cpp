@@ -5,6 +5,7 @@
 #include <cstring>
 
 #include "activations.h"
+#include "channel_mask.h"
 #include "kernel_race.h"
 #include "matmul_rows.h"
 
@@ -160,6 +161,24 @@ void bind_kernels(nb::module_& m) {
       },
       nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"), nb::arg("k"), nb::arg("bits"),
       nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), "-> w f32 [N, K], stored column order");
+
+  m.def(
+      "column_squares",
+      [](const std::string& isa, const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales,
+         const std::optional<HalvesIn>& offsets, int n, int k, int bits, int group_size, int zero,
+         const std::string& affine) {
+        const MatrixView w = matrix_view(planes, scales, offsets, n, k, bits, group_size, zero, affine, 0);
+        auto squares = std::make_unique<double[]>(k);
+        {
+          nb::gil_scoped_release release;
+          const auto codes = aligned<uint8_t>(panel_codes_bytes(k));
+          column_squares(*kernels_named(isa).matmul, w, codes.get(), squares.get());
+        }
+        return owned_array(std::move(squares), {static_cast<size_t>(k)});
+      },
+      nb::arg("isa"), nb::arg("planes"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"), nb::arg("k"),
+      nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"),
+      "-> f64 [K], the sum of w[n, k]^2 over n, stored column order; of a WeightSource's arrays, padding unseen");
 }
 
 }  // namespace elute

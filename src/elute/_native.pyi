@@ -42,6 +42,20 @@ def dequant_rows(
     zero: int,
     affine: str,
 ) -> _F32: ...
+def column_squares(
+    isa: str,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+) -> npt.NDArray[np.float64]:
+    """-> f64 [K], the sum of w[n, k]^2 over n, stored column order"""
+
 def race_seconds(isa: str, bits: int, rows: list[int], budget_s: float) -> npt.NDArray[np.float64]:
     """-> seconds f64 [rounds, rows, 2] of lookup and multiply"""
 
@@ -138,7 +152,16 @@ class Executor:
         outputs: list[int],
         biases: list[list[float]],
         columns: list[int],
+        mask: int = -1,
     ) -> None: ...
+    def add_mask(self, width: int) -> int: ...
+    def set_mask(self, mask: int, importance: list[float], threshold: float) -> None:
+        """Channels with |x| * importance < threshold are 0; an empty importance: none is."""
+
+    def observe(self, on: bool) -> None: ...
+    def histogram(self, mask: int) -> npt.NDArray[np.int64]:
+        """Scores since observe(True), by the upper 13 bits of their f32"""
+
     def rope(self, register: int, head_width: int, table: int) -> None: ...
     def attention(
         self,

@@ -12,7 +12,8 @@ from pathlib import Path
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, TypeGuard, Unpack
 
-from elute.errors import DeviceError, FormatError, ShapeError, UnsupportedError
+from elute.errors import NOTE, DeviceError, FormatError, ShapeError, UnsupportedError
+from elute.flash.sparsity import check_sparsity, thresholds
 from elute.flash.weights import FlashWeights
 from elute.formats.chat_prompt import chat_tokens
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
@@ -20,6 +21,7 @@ from elute.runtime.sampler import Sampling
 from elute.runtime.session import Executor
 
 if TYPE_CHECKING:
+    from elute.flash.sparsity import Scores
     from elute.formats.packed import PackedModel
     from elute.kernels.registry import Choice
     from elute.model.ops import OpList
@@ -97,8 +99,8 @@ class Model:
     """A loaded model with one KV cache, so one generation at a time: load it once for each.
 
     Made by `load`; a context manager that closes it. `path` is its packed directory,
-    `bits_per_weight` counts what its matrices take there, scales and zeros included; `flash` holds
-    the weights where memory was limited.
+    `bits_per_weight` counts what its matrices take there, scales and zeros included; `sparsity` is
+    what `load` was given; `flash` holds the weights where memory was limited.
     """
 
     def __init__(
@@ -111,6 +113,7 @@ class Model:
         template: Template | None = None,
         sampling: Sampling | None = None,
         bits_per_weight: float = 0.0,
+        sparsity: float = 0.0,
         flash: FlashWeights | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
@@ -119,6 +122,7 @@ class Model:
         self.path = path
         self.sampling = Sampling() if sampling is None else sampling
         self.bits_per_weight = bits_per_weight
+        self.sparsity = sparsity
         self._template = template
         self._tokenizer = tokenizer
         self._close = close
@@ -318,6 +322,7 @@ def load(
     cache_type: str = "f16",
     cache_dir: str | Path | None = None,
     memory: str | int | None = None,
+    sparsity: float = 0.0,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -338,6 +343,9 @@ def load(
               flash for every forward, with the same answers. Without a context it is then at most
               4096 tokens. Packing a model that is not packed yet does not count, nor what `score`
               keeps, the logits of every token
+    sparsity  the share of the weights to leave out, 0 to 0.9: for each token, of the prompt too,
+              those that matter least to it. Answers change and get worse. The first use calibrates
+              the model, which is kept with it
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
@@ -348,9 +356,11 @@ def load(
     from elute.formats.chat_template import ChatTemplate
     from elute.formats.tokenizer import Tokenizer as FileTokenizer
     from elute.model.families import op_list
+    from elute.runtime import calibration
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.store import open_packed
 
+    check_sparsity(sparsity)
     folder = None if cache_dir is None else Path(cache_dir)
     packed = open_packed(str(model), bits=bits, recipe=recipe, cache_dir=folder, progress=progress)
     files = packed.tokenizer_files()
@@ -370,6 +380,7 @@ def load(
             context,
             ops.context,
         )
+    scores = calibration.saved(packed) if sparsity else None
     weights: WeightSource = packed
     kernels = None
     if memory is not None:
@@ -387,6 +398,14 @@ def load(
         cache_dir=folder,
         kernels=kernels,
     )
+    if sparsity and scores is None:
+        log.log(NOTE, "sparsity: measuring the model on a text of elute's own, once")
+        tokens, _ = text_tokens(tokenizer, calibration.own_text())
+        ones = calibration.importances(packed, ops)
+        scores = calibration.calibrate(executor, ops, ones, tokens, progress=progress)
+        calibration.save(packed, scores)
+    if scores is not None:
+        executor.sparsify(thresholds(scores, sparsity))
     return Model(
         executor,
         tokenizer,
@@ -395,8 +414,53 @@ def load(
         template=template,
         sampling=sampling,
         bits_per_weight=packed.bits_per_weight,
+        sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
     )
+
+
+def calibrate(
+    model: str | Path = "default",
+    *,
+    text: str | None = None,
+    weighted: bool = False,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    memory: str | int | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Path, dict[str, Scores]]:
+    """Measures a model for `load`'s sparsity, on a text or a small one of elute's own, and keeps
+    the result with it in place of an earlier one. -> where, and what was measured. weighted: a
+    channel matters by its value times the norm of its weights, instead of by its value alone.
+
+    Other arguments and errors as in `load`; ShapeError for a text that is too short.
+    """
+    from elute.model.families import op_list
+    from elute.runtime import calibration
+    from elute.runtime.store import open_packed
+
+    folder = None if cache_dir is None else Path(cache_dir)
+    packed = open_packed(str(model), bits=bits, recipe=recipe, cache_dir=folder, progress=progress)
+    ops = op_list(packed.config)
+    # Before the weights are there: norms take memory of their own for a moment.
+    found = calibration.importances(packed, ops, weighted=weighted, progress=progress)
+    context = min(ops.context, calibration.WINDOW)
+    with load(
+        packed.path,
+        context=context,
+        threads=threads,
+        cache_dir=cache_dir,
+        memory=memory,
+        progress=progress,
+    ) as loaded:
+        tokens, _ = loaded.text_tokens(calibration.own_text() if text is None else text)
+        executor = loaded.executor
+        assert isinstance(executor, calibration.Executor)
+        scores = calibration.calibrate(executor, ops, found, tokens, progress=progress)
+    calibration.save(packed, scores)
+    return calibration.calibration_file(packed), scores
 
 
 def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:

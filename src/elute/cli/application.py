@@ -20,6 +20,7 @@ VERBS = {
     "convert": "Pack a model into a folder.",
     "info": "Show what a model consists of.",
     "plan": "Show what a budget of memory would give.",
+    "calibrate": "Measure a model for --sparsity.",
     "eval": "Measure the perplexity of a model on a text.",
     "bench": "Measure the speed of a model or of the kernels.",
     "doctor": "Show what elute finds on this machine.",

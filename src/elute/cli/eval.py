@@ -46,13 +46,15 @@ def command(
     The text is cut into windows of --context tokens (512), each evaluated alone, the predictions of
     its second half scored. --reference runs the weights in float: of a packed folder, or with
     --bits or --recipe, the packed codes; otherwise what the source holds; its cache is float unless
-    --cache-type says otherwise. BASE has the cache that is the default.
+    --cache-type says otherwise. BASE has the cache that is the default, and no --sparsity.
     """
     from elute.cli.screen import Screen, answer_json
     from elute.evaluate.kl import divergence
     from elute.evaluate.perplexity import perplexity, text_windows
 
     context = given["context"] or 512
+    if reference and given["sparsity"]:
+        raise click.UsageError("found --sparsity with --reference, which is dense; leave one out")
     with Screen(quiet=quiet) as screen:
         executor, tokens, bos = _subject(model, text_path, screen, reference, context, given)
         cut = text_windows(tokens, context=context, n_windows=windows, bos=bos)
@@ -62,7 +64,7 @@ def command(
                 executor, cut, progress=lambda done, total: screen("perplexity", done, total)
             )
         else:
-            plain = {**given, "bits": None, "recipe": None, "cache_type": None}
+            plain = {**given, "bits": None, "recipe": None, "cache_type": None, "sparsity": 0.0}
             base, base_tokens, _ = _subject(against, text_path, screen, reference, context, plain)
             _check_same_tokens(tokens, base_tokens, against)
             distance = divergence(
@@ -72,6 +74,7 @@ def command(
     told: dict[str, Any] = {
         "model": model,
         "reference": reference,
+        "sparsity": given["sparsity"],
         "text": text_path.name,
         "context": context,
         "windows": result.n_windows,
@@ -115,7 +118,7 @@ def _subject(
 
     if not reference:
         loaded = options.load_model(model, screen, {**given, "context": context})
-        tokens, bos = loaded.text_tokens(_read(text_path))
+        tokens, bos = loaded.text_tokens(options.read_text(text_path))
         return loaded.executor, tokens, bos
     from elute.api import text_tokens
     from elute.evaluate.reference import reference_executor
@@ -131,23 +134,12 @@ def _subject(
         path = fetch(model, progress=screen).path
     source = PackedModel.open(path) if is_packed(path) else open_checkpoint(path)
     tokenizer = Tokenizer.from_files(source.tokenizer_files())
-    tokens, bos = text_tokens(tokenizer, _read(text_path))
+    tokens, bos = text_tokens(tokenizer, options.read_text(text_path))
     return (
         reference_executor(path, context=context, cache_type=given["cache_type"]),
         tokens,
         bos,
     )
-
-
-def _read(path: Path) -> str:
-    from elute.errors import FormatError
-
-    try:
-        return path.read_bytes().decode()
-    except UnicodeDecodeError as error:
-        raise FormatError(
-            f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8"
-        ) from None
 
 
 def _check_same_tokens(tokens: list[int], base_tokens: list[int], against: str) -> None:

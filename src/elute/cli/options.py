@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from elute.api import Model
     from elute.cli.screen import Screen
 
+MAX_SPARSITY = 0.9  # flash.sparsity's, which is not imported for a help text
+
 Function = TypeVar("Function", bound=Callable[..., Any])
 Decorator = Callable[[Function], Function]
 
@@ -105,12 +107,22 @@ cache_type = click.option(
     "[default: f16]",
 )
 
+sparsity = click.option(
+    "--sparsity",
+    type=click.FloatRange(0, MAX_SPARSITY),
+    default=0.0,
+    metavar="SHARE",
+    help="Leave out this share of the weights, 0 to 0.9: for each token those that matter least to "
+    "it. Answers get worse; the first use measures the model, as calibrate does.  [default: 0]",
+)
+
 load_options = _all(
     pack_options,
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together."),
     click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]"),
     kernel_options,
     cache_type,
+    sparsity,
 )
 
 # Not of eval, which keeps the logits of every token.
@@ -175,5 +187,18 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         kernel=options["kernel"],
         cache_type=options["cache_type"] or "f16",
         memory=options.get("memory"),
+        sparsity=options["sparsity"],
         progress=screen,
     )
+
+
+def read_text(path: Path) -> str:
+    """Raises FormatError unless it is UTF-8."""
+    from elute.errors import FormatError
+
+    try:
+        return path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        raise FormatError(
+            f"{path}: byte {error.start} is not UTF-8; convert the text to UTF-8"
+        ) from None

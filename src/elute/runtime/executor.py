@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
+from elute.flash.sparsity import Threshold
 from elute.flash.weights import FlashWeights
 from elute.kernels import kv_cache, registry
 from elute.model.ops import (
@@ -25,7 +27,7 @@ from elute.model.ops import (
 )
 from elute.model.weights import check_shape, weight_shapes
 from elute.runtime.threads import default_threads
-from elute.types import F32, I32, PackedMatrix, WeightSource
+from elute.types import F32, I32, I64, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
 MAX_CONTEXT = 1 << 24  # the last position that is exact in f32, as rotary angles need it
@@ -107,6 +109,7 @@ class Executor:
         except RuntimeError as error:
             raise DeviceError(str(error)) from None
         self._native = native
+        self._masks = builder.masks
         self._cached = 0  # positions in the cache
         self._turn = threading.Lock()
 
@@ -131,6 +134,36 @@ class Executor:
             raise DeviceError(str(error)) from None
         finally:
             self._turn.release()
+
+    @property
+    def inputs(self) -> Sequence[str]:
+        """Names of the inputs that `sparsify` takes: the first weight that reads each of them."""
+        return tuple(self._masks)
+
+    def sparsify(self, thresholds: Mapping[str, Threshold]) -> None:
+        """From the next forward on, channels of these inputs count only from their threshold on.
+
+        Inputs that are left out count whole. Forgets what is cached: it was computed otherwise.
+        """
+        with self._turn:
+            for name, mask in self._masks.items():
+                found = thresholds.get(name)
+                importance = [] if found is None else found.importance.tolist()
+                self._native.set_mask(mask, importance, 0.0 if found is None else found.value)
+            self._cached = 0
+
+    @contextmanager
+    def observed(self) -> Generator[None]:
+        """Counts scores of the inputs that sparsify() was told of, for `histogram`."""
+        self._native.observe(True)
+        try:
+            yield
+        finally:
+            self._native.observe(False)
+
+    def histogram(self, name: str) -> I64:
+        """Scores of an input's channels, counted while it was observed; see flash.sparsity."""
+        return self._native.histogram(self._masks[name])
 
     def _checked(self, tokens: I32, position: int) -> I32:
         tokens = np.asarray(tokens)
@@ -189,6 +222,7 @@ class _Builder:
             for name, table in ops.rope_tables.items()
         }
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
+        self.masks: dict[str, int] = {}
 
     def build(self) -> None:
         for op in self._ops.ops:
@@ -280,6 +314,8 @@ class _Builder:
 
     def _linear(self, op: Linear) -> None:
         """Weights that want the same column order share one quantization and its tables."""
+        mask = self._native.add_mask(self._ops.registers[op.input])
+        self.masks[op.weights[0]] = mask
         by_order: dict[bytes, list[int]] = {}
         for i, name in enumerate(op.weights):
             _, packed = self._matrix(name)
@@ -292,6 +328,7 @@ class _Builder:
                 [self._registers[op.outputs[i]] for i in members],
                 [self._bias(op.biases[i]) for i in members],
                 _columns(self._matrix(op.weights[members[0]])[1]),
+                mask,
             )
 
     def _bias(self, name: str | None) -> list[float]:

@@ -1,0 +1,29 @@
+// Contextual sparsity: which channels of a linear op's input count for a token. src/elute/flash/sparsity.py has the rule.
+#pragma once
+#include <bit>
+#include <cmath>
+#include <cstdint>
+#include <vector>
+
+#include "kernels/matmul.h"
+
+namespace elute {
+
+// A channel counts unless its score |x| * importance is below the threshold. So a NaN counts, and nothing hides it.
+struct ChannelMask {
+  std::vector<float> importance;  // [width]; empty: all count
+  float threshold = 0;
+
+  float score(int channel, float x) const { return std::fabs(x) * importance[channel]; }
+  float masked(int channel, float x) const { return score(channel, x) < threshold ? 0.0f : x; }
+};
+
+// Histograms of scores: a bin for the exponent and the upper 4 bits of the fraction, so each is some 6 % wide.
+constexpr int kScoreBins = 1 << 12;
+inline int score_bin(float score) { return static_cast<int>(std::bit_cast<uint32_t>(score) >> 19); }
+
+// squares[k]: the sum of w[n, k]^2 over the outputs; the same bits at every level of instructions. codes: scratch of
+// panel_codes_bytes(w.k), 64-byte aligned.
+void column_squares(const MatmulKernels& kernels, const MatrixView& w, uint8_t* codes, double* squares);
+
+}  // namespace elute
