@@ -63,6 +63,11 @@ int Executor::add_matrix(const MatrixView& view) {
   matrices_.push_back(view);
   return static_cast<int>(matrices_.size()) - 1;
 }
+int Executor::add_channel_matrix(const ChannelMatrix& matrix, BankCache& banks, int bank) {
+  banks_ = &banks;
+  in_banks_.push_back({matrix, bank});
+  return static_cast<int>(in_banks_.size()) - 1;
+}
 int Executor::add_rope_table(std::vector<float> inverse_frequencies, float factor) {
   rope_tables_.push_back({std::move(inverse_frequencies), factor, {}, {}});
   return static_cast<int>(rope_tables_.size()) - 1;
@@ -102,7 +107,9 @@ void Executor::finish(const LookupRows& lookup_rows) {
     widest = std::max(widest, m.k);
     looked_up = std::max(looked_up, std::min(lookup_rows_[m.bits], chunk_));
   }
+  for (const InBank& m : in_banks_) widest = std::max(widest, m.matrix.k);
   const int64_t padded = round_up(widest, kActBlock);
+  active_ = Pages(padded / 64 * 8);
   q_ = Pages(chunk_ * padded + kActPadding);
   act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
   sums_ = Pages(chunk_ * padded / kSumRun * 4);
@@ -112,16 +119,18 @@ void Executor::finish(const LookupRows& lookup_rows) {
   tables_ = Pages(looked_up * padded / kLutWidth * kTableBytes);
   lows_ = Pages(looked_up * padded / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
-    gemm_scratch_.emplace_back(gemm_scratch_bytes(chunk_));
+    gemm_scratch_.emplace_back(in_banks_.empty() ? gemm_scratch_bytes(chunk_) : channel_gemm_scratch_bytes(chunk_));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
     gathered_.emplace_back(padded * 4);
-    results_.emplace_back(4 * std::max<int64_t>(std::max(kResultRows, chunk_) * kPanel, attention_result_floats()));
+    const int tiles = in_banks_.empty() ? 0 : std::max(kResultTiles, chunk_) * kChannelTile;
+    results_.emplace_back(
+        4 * std::max<int64_t>({tiles, std::max(kResultRows, chunk_) * kPanel, attention_result_floats()}));
   }
 }
 
 void Executor::stream(WeightStream& stream, const std::vector<int>& pieces) {
   for (Op& op : ops_)
-    if (auto* linear = std::get_if<LinearOp>(&op))
+    if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->use < 0)
       for (int m : linear->matrices) linear->pieces_end = std::max(linear->pieces_end, pieces[m] + 1);
   stream_ = &stream;
 }
@@ -150,6 +159,7 @@ void Executor::forward(const int32_t* tokens, int n, int position, bool all_logi
       }
     }
   }
+  if (banks_ && position == 0) banks_->forget();
   pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits, passes_++}));
 }
 
@@ -166,6 +176,8 @@ void Executor::run(const Call& call, Walk& walk) {
     const auto* linear = stream_ ? std::get_if<LinearOp>(&last) : nullptr;
     const int pieces = linear ? linear->pieces_end : 0;
     if (pieces) stream_->wait(call.pass, pieces);
+    if (const auto* op = std::get_if<LinearOp>(&last); op && op->use >= 0)
+      banks_->demand(call.pass, op->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
     std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
     if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
   }
@@ -238,6 +250,7 @@ void Executor::multiply_all(int n_products, const Products& product, int n_rows,
 }
 
 void Executor::run_all(const LinearOp& op, const Call& call, Walk& walk) {
+  if (op.use >= 0) return multiply_channels(op, call, walk);
   const auto product = [&](int i) {
     return Product{matrices_[op.matrices[i]], op.biases[i].empty() ? nullptr : op.biases[i].data(),
                    row(op.outputs[i], 0), op.added_to < 0 ? nullptr : row(op.added_to, 0), widths_[op.outputs[i]]};

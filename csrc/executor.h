@@ -7,6 +7,7 @@
 #include <variant>
 #include <vector>
 
+#include "bank_cache.h"
 #include "channel_mask.h"
 #include "dispatch.h"
 #include "thread_pool.h"
@@ -46,6 +47,7 @@ struct LinearOp {
   std::vector<int> matrices, outputs;
   std::vector<std::vector<float>> biases;  // an empty one: none
   std::vector<int32_t> columns;            // empty: as they are
+  int use = -1;       // of a bank cache: matrices are add_channel_matrix()'s, all of that use's bank; -1: add_matrix()'s
   int mask = -1;      // add_mask()'s; -1: all channels of the input count
   int added_to = -1;                       // finish() moves an AddOp of the only output here
   int pieces_end = 0;  // stream(): pieces that must be in the window, counted from a forward's first; 0: none
@@ -73,6 +75,7 @@ struct HeadOp {
 };
 using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, AddOp, HeadOp>;
 
+constexpr int kResultTiles = 64;  // tiles, times rows, of a chunk of products in channel order: 32 KiB until they are published
 constexpr int kMaxContext = 1 << 24;  // the last position that is exact in f32, as rotary angles need it
 
 // [bits]: the most rows that are looked up; more are multiplied. Index 0 is not used.
@@ -87,6 +90,8 @@ class Executor {
 
   int add_register(int width);
   int add_matrix(const MatrixView& view);
+  // In channel order, at `offset` of the rows of a bank of `banks`, which must outlive the executor and is the same always.
+  int add_channel_matrix(const ChannelMatrix& matrix, BankCache& banks, int bank);
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   int add_mask();  // of the inputs of linear ops; until set_mask() nothing is masked
   void add_op(Op op);
@@ -142,6 +147,10 @@ class Executor {
     Range channels(int width) const;  // whole blocks of activations
   };
   struct Touch;
+  struct InBank {
+    ChannelMatrix matrix;
+    int bank;
+  };
 
   void run(const Call&, Walk&);
 
@@ -164,6 +173,9 @@ class Executor {
            std::holds_alternative<HeadOp>(op);
   }
   void run_all(const LinearOp&, const Call&, Walk&);
+  void multiply_channels(const LinearOp&, const Call&, Walk&);  // executor_channels.cpp
+  void find_active(int width, const Slice&);
+  int input_width(const LinearOp& op) const { return widths_[op.input]; }
   void run_all(const AttentionOp&, const Call&, Walk&);
   void run_all(const HeadOp&, const Call&, Walk&);
   template <typename RowOp>
@@ -192,6 +204,8 @@ class Executor {
   std::vector<int> widths_;
   std::vector<Pages> registers_;
   std::vector<MatrixView> matrices_;
+  std::vector<InBank> in_banks_;
+  BankCache* banks_ = nullptr;
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<ChannelMask> masks_;
@@ -200,6 +214,7 @@ class Executor {
   std::vector<Op> ops_;
   std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
+  Pages active_;  // of a lone row: a bit for each channel whose q is not 0
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   WeightStream* stream_ = nullptr;
   uint32_t passes_ = 0;

@@ -140,8 +140,9 @@ void Executor::run_rows(const AddOp& op, const Call&, const Slice& slice, int) {
 
 void Executor::run_rows(const LinearOp& op, const Call& call, const Slice& slice, int thread) {
   bool tables = false;
-  for (int m : op.matrices) tables |= looks_up(matrices_[m], call.n);
-  quantize_rows(op.input, op.columns, op.mask, matrices_[op.matrices[0]].k, {0, call.n}, slice, tables, thread);
+  for (int m : op.matrices) tables |= op.use < 0 && looks_up(matrices_[m], call.n);
+  quantize_rows(op.input, op.columns, op.mask, input_width(op), {0, call.n}, slice, tables, thread);
+  if (op.use >= 0 && call.n == 1) find_active(input_width(op), slice);
 }
 
 void Executor::run_rows(const HeadOp& op, const Call& call, const Slice& slice, int thread) {

@@ -59,7 +59,8 @@ class BoundExecutor {
     add(RmsNormOp{input, output, std::move(weight), w, n_runs, eps});
   }
   void linear(int input, std::vector<int> matrices, std::vector<int> outputs, std::vector<std::vector<float>> biases,
-              std::vector<int32_t> columns, int mask) {
+              std::vector<int32_t> columns, int mask, int use) {
+    if (use >= 0) return linear_in_bank(input, std::move(matrices), std::move(outputs), std::move(biases), mask, use);
     want(mask == -1 || (mask >= 0 && mask < static_cast<int>(mask_widths_.size()) && mask_widths_[mask] == width(input)),
          "linear: mask");
     want(!matrices.empty() && matrices.size() == outputs.size() && matrices.size() == biases.size(), "linear: counts");
@@ -69,7 +70,29 @@ class BoundExecutor {
       want(biases[i].empty() || static_cast<int>(biases[i].size()) == width(outputs[i]), "linear: bias");
     }
     check_columns(columns, width(input));
-    add(LinearOp{input, std::move(matrices), std::move(outputs), std::move(biases), std::move(columns), mask});
+    LinearOp op{input, std::move(matrices), std::move(outputs), std::move(biases), std::move(columns)};
+    op.mask = mask;
+    add(std::move(op));
+  }
+  // In channel order, `offset` bytes into the rows of a bank.
+  int add_channel_matrix(nb::object banks, int bank, int64_t offset, const HalvesIn& scales,
+                         const std::optional<HalvesIn>& offsets, int n, int k, int bits, int group_size, int zero,
+                         const std::string& affine) {
+    want(!finished_, "matrices after finish()");
+    auto& cache = nb::cast<BankCache&>(banks);
+    want(!banks_ || banks_ == &cache, "channel matrix: a second cache");
+    want(bank >= 0 && bank < cache.n_banks(), "channel matrix: bank");
+    const MatrixView view = matrix_view_without_planes(scales, offsets, n, k, bits, group_size, zero, affine);
+    const ChannelMatrix matrix{nullptr, offset, view.scales, view.offsets, n, k, bits, group_size, view.zero, view.affine};
+    want(cache.bank(bank).n_rows == k && offset >= 0 && offset <= cache.bank(bank).row_bytes - matrix.row_bytes(),
+         "channel matrix: rows of the bank");
+    if (!banks_) kept_.push_back(banks);
+    banks_ = &cache;
+    process_ = getpid();
+    kept_.push_back(nb::cast(scales));
+    if (offsets) kept_.push_back(nb::cast(*offsets));
+    in_banks_.push_back({bank, n, k});
+    return executor_->add_channel_matrix(matrix, cache, bank);
   }
   // Of the channels of linear ops whose input has this width.
   int add_mask(int width) {
@@ -135,6 +158,7 @@ class BoundExecutor {
     LookupRows by_bits{};
     std::copy(lookup_rows.begin(), lookup_rows.end(), by_bits.begin() + 1);
     want(executor_->vocabulary() > 0 && executor_->embedding_rows() > 0, "executor: no embed or no head");
+    want(!banks_ || next_use_ == banks_->n_uses(), "executor: uses of banks");
     executor_->finish(by_bits);
     finished_ = true;
   }
@@ -152,7 +176,7 @@ class BoundExecutor {
 
   nb::object forward(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits) {
     want(finished_, "forward: not finished");
-    if (stream_ && process_ != getpid())
+    if ((stream_ || banks_) && process_ != getpid())
       throw std::runtime_error("forward: found a forked child, which has nobody who reads weights from flash; load the model in it");
     const int n = static_cast<int>(tokens.shape(0));
     want(n >= 1 && n <= executor_->chunk(), "forward: tokens beyond the chunk");
@@ -179,6 +203,27 @@ class BoundExecutor {
   }
 
  private:
+  struct InBank {
+    int bank, n, k;
+  };
+  void linear_in_bank(int input, std::vector<int> matrices, std::vector<int> outputs, std::vector<std::vector<float>> biases,
+                      int mask, int use) {
+    want(mask == -1 || mask_width(mask) == width(input), "linear: mask");
+    want(banks_ && use < banks_->n_uses(), "linear: use");
+    want(!matrices.empty() && matrices.size() == outputs.size() && matrices.size() == biases.size(), "linear: counts");
+    for (size_t i = 0; i < matrices.size(); ++i) {
+      want(matrices[i] >= 0 && matrices[i] < static_cast<int>(in_banks_.size()), "channel matrix ids");
+      const InBank& in = in_banks_[matrices[i]];
+      want(in.bank == banks_->use(use).bank && in.k == width(input) && in.n == width(outputs[i]), "linear: widths");
+      want(outputs[i] != input, "linear: output is the input");
+      want(biases[i].empty() || static_cast<int>(biases[i].size()) == in.n, "linear: bias");
+    }
+    want(use == next_use_++, "linear: uses out of order");
+    LinearOp op{input, std::move(matrices), std::move(outputs), std::move(biases), {}};
+    op.use = use;
+    op.mask = mask;
+    add(std::move(op));
+  }
   static void want(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string(what) + " do not fit");
   }
@@ -201,6 +246,7 @@ class BoundExecutor {
   // What was computed after a failure is garbage.
   void check_stream() const {
     if (stream_ && !stream_->failure().empty()) throw std::runtime_error(stream_->failure());
+    if (banks_ && !banks_->failure().empty()) throw std::runtime_error(banks_->failure());
   }
   void add(Op op) {
     want(!finished_, "ops after finish()");
@@ -213,6 +259,9 @@ class BoundExecutor {
   std::vector<MatrixView> matrices_;
   std::vector<nb::object> kept_;  // beyond executor_'s life, whose threads use it
   const WeightStream* stream_ = nullptr;
+  BankCache* banks_ = nullptr;
+  std::vector<InBank> in_banks_;
+  int next_use_ = 0;
   pid_t process_ = 0;  // that has the stream's thread
   std::unique_ptr<Executor> executor_;
 };
@@ -232,7 +281,10 @@ void bind_executor(nb::module_& m) {
       .def("rms_norm", &BoundExecutor::rms_norm, nb::arg("input"), nb::arg("output"), nb::arg("weight"),
            nb::arg("n_runs"), nb::arg("eps"))
       .def("linear", &BoundExecutor::linear, nb::arg("input"), nb::arg("matrices"), nb::arg("outputs"),
-           nb::arg("biases"), nb::arg("columns"), nb::arg("mask") = -1)
+           nb::arg("biases"), nb::arg("columns"), nb::arg("mask") = -1, nb::arg("use") = -1)
+      .def("add_channel_matrix", &BoundExecutor::add_channel_matrix, nb::arg("banks"), nb::arg("bank"), nb::arg("offset"),
+           nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"), nb::arg("k"), nb::arg("bits"), nb::arg("group_size"),
+           nb::arg("zero"), nb::arg("affine"))
       .def("add_mask", &BoundExecutor::add_mask, nb::arg("width"))
       .def("set_mask", &BoundExecutor::set_mask, nb::arg("mask"), nb::arg("importance"), nb::arg("threshold"))
       .def("observe", &BoundExecutor::observe, nb::arg("on"))

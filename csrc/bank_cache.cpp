@@ -1,0 +1,298 @@
+#include "bank_cache.h"
+
+#include <unistd.h>
+
+#include <algorithm>
+#include <bit>
+#include <chrono>
+#include <cstring>
+
+namespace elute {
+namespace {
+
+using Clock = std::chrono::steady_clock;
+
+bool has(const uint64_t* words, int row) { return !words || (words[row / 64] >> (row % 64) & 1); }
+
+}  // namespace
+
+BankCache::BankCache(const std::vector<std::string>& paths, std::vector<Bank> banks, std::vector<Use> uses, uint8_t* slots,
+                     uint8_t* staging, int64_t half_bytes, const Options& options)
+    : paths_(paths),
+      banks_(std::move(banks)),
+      uses_(std::move(uses)),
+      staging_(staging),
+      half_bytes_(half_bytes),
+      request_bytes_(options.request_bytes),
+      gap_bytes_(options.gap_bytes),
+      predictor_(options.predictor),
+      process_(getpid()) {
+  for (const std::string& path : paths_) files_.emplace_back(path, options.direct);
+  int most_blocks = 0;
+  for (const Bank& bank : banks_) {
+    State state;
+    state.rows.assign(bank.n_rows, staging_);  // what a thread that comes late may read
+    for (int row = 0; bank.resident && row < bank.n_rows; ++row)
+      state.rows[row] = bank.resident + row / bank.rows_per_block * bank.block_bytes + row % bank.rows_per_block * bank.row_bytes;
+    state.slot_of.assign(bank.n_blocks(), kNowhere);
+    state.block_in.assign(bank.n_slots, kNowhere);
+    state.count.assign(bank.n_blocks(), 0);
+    state.slots = slots;
+    state.n_free = bank.n_slots;
+    slots += bank.n_slots * bank.block_bytes;
+    states_.push_back(std::move(state));
+    most_blocks = std::max(most_blocks, bank.n_blocks());
+  }
+  for (const Use& use : uses_) last_.emplace_back((banks_[use.bank].n_rows + 63) / 64, 0);
+  for (Half& half : halves_) {
+    half.at.assign(most_blocks, kNowhere);
+    half.ahead.assign(most_blocks, 0);
+  }
+  if (!paths_.empty()) reader_ = open_flash_reader(options.reader, options.depth);
+}
+
+BankCache::~BankCache() {
+  if (process_ != getpid()) {  // a forked child: reads in flight are the parent's
+    reader_.release();
+    return;
+  }
+  try {
+    while (in_flight_ > 0) {
+      reader_->wait();
+      --in_flight_;
+    }
+  } catch (const std::exception&) {
+    reader_.release();  // a ring that cannot be asked may still write: its memory stays mapped
+  }
+}
+
+int64_t BankCache::slots_bytes(const std::vector<Bank>& banks) {
+  int64_t sum = 0;
+  for (const Bank& bank : banks) sum += bank.n_slots * bank.block_bytes;
+  return sum;
+}
+int64_t BankCache::least_half(const std::vector<Bank>& banks) {
+  int64_t most = 0;
+  for (const Bank& bank : banks) most = std::max(most, bank.n_blocks() * bank.block_bytes);
+  return most;
+}
+
+void BankCache::demand(int64_t forward, int use, const uint64_t* wanted) {
+  if (banks_[uses_[use].bank].resident) return;
+  const int64_t sequence = forward * n_uses() + use;
+  int64_t seen = claimed_.load(std::memory_order_acquire);
+  if (seen < sequence && claimed_.compare_exchange_strong(seen, sequence, std::memory_order_acq_rel)) {
+    try {
+      if (!failed_) fill(sequence, use, wanted);
+    } catch (const std::exception& error) {
+      fail(error.what());
+    }
+    ready_.store(sequence, std::memory_order_release);
+    ready_.notify_all();
+    return;
+  }
+  for (int64_t ready = ready_.load(std::memory_order_acquire); ready < sequence;
+       ready = ready_.load(std::memory_order_acquire))
+    ready_.wait(ready, std::memory_order_acquire);
+}
+
+void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted) {
+  const Clock::time_point started = Clock::now();
+  const int bank = uses_[use].bank, half_index = static_cast<int>(sequence & 1);
+  Half &half = halves_[half_index], &other = halves_[1 - half_index];
+  wanted_blocks(bank, wanted);
+  for (int block : blocks_) ++states_[bank].count[block];
+  std::vector<uint64_t>& last = last_[use];
+  if (wanted) std::copy(wanted, wanted + last.size(), last.begin());
+  else std::fill(last.begin(), last.end(), ~uint64_t{0});
+  if (half.sequence != sequence) take(half, sequence, bank);
+  if (other.bank == bank) admit(other);  // may evict what is wanted now: before it is known what is missing
+  for (int block : blocks_) {
+    const bool cached = states_[bank].slot_of[block] != kNowhere;
+    figures_.cached += cached;
+    figures_.predicted += !cached && half.ahead[block];
+  }
+  figures_.blocks += static_cast<int64_t>(blocks_.size());
+  plan_reads(half, bank, false, kAllRuns);
+  size_t next = 0;
+  const auto submit_more = [&] {
+    while (next < runs_.size() && in_flight_ < reader_->depth()) submit(runs_[next++], half);
+  };
+  submit_more();
+  if (other.bank != bank) admit(other);  // while the disk works
+  while (in_flight_ > 0 && !failed_) {
+    reap();
+    if (!failed_) submit_more();
+  }
+  place(half, bank);
+  figures_.waited_s += std::chrono::duration<double>(Clock::now() - started).count();
+  if (!failed_) predict(sequence + 1, (use + 1) % n_uses());
+}
+
+void BankCache::wanted_blocks(int bank, const uint64_t* wanted) {
+  const Bank& b = banks_[bank];
+  blocks_.clear();
+  if (b.rows_per_block == 1 && wanted) {
+    for (int word = 0; word * 64 < b.n_rows; ++word)
+      for (uint64_t bits = wanted[word]; bits; bits &= bits - 1)
+        if (const int row = word * 64 + std::countr_zero(bits); row < b.n_rows) blocks_.push_back(row);
+    return;
+  }
+  for (int block = 0; block < b.n_blocks(); ++block)
+    for (int row = block * b.rows_per_block; row < std::min(b.n_rows, (block + 1) * b.rows_per_block); ++row)
+      if (has(wanted, row)) {
+        blocks_.push_back(block);
+        break;
+      }
+}
+
+void BankCache::take(Half& half, int64_t sequence, int bank) {
+  for (int block : half.blocks) {
+    half.at[block] = kNowhere;
+    half.ahead[block] = 0;
+  }
+  half.blocks.clear();
+  half.used = 0;
+  half.sequence = sequence;
+  half.bank = bank;
+}
+
+// Puts those of blocks_ that are nowhere yet into runs_, at most most_runs, and gives them places in the half. A half has
+// room for a whole bank, and no block is put there twice.
+void BankCache::plan_reads(Half& half, int bank, bool ahead, size_t most_runs) {
+  const Bank& b = banks_[bank];
+  const State& state = states_[bank];
+  const int most_gap = static_cast<int>(gap_bytes_ / b.block_bytes);
+  const int most_run = static_cast<int>(std::max<int64_t>(1, request_bytes_ / b.block_bytes));
+  runs_.clear();
+  const auto put = [&](int block) {
+    half.at[block] = half.used;
+    half.ahead[block] = ahead;
+    half.blocks.push_back(block);
+    half.used += b.block_bytes;
+  };
+  for (int block : blocks_) {
+    if (state.slot_of[block] != kNowhere || half.at[block] != kNowhere) continue;
+    bool joins = !runs_.empty() && block - runs_.back().last - 1 <= most_gap && block - runs_.back().first < most_run;
+    for (int between = joins ? runs_.back().last + 1 : block; joins && between < block; ++between)
+      joins = half.at[between] == kNowhere;
+    if (joins) {
+      for (int between = runs_.back().last + 1; between < block; ++between) put(between);
+      runs_.back().last = block;
+    } else {
+      if (runs_.size() == most_runs) break;
+      runs_.push_back({block, block});
+    }
+    put(block);
+    (ahead ? figures_.predicted_reads : figures_.missed) += 1;
+    figures_.wanted_bytes += ahead ? 0 : b.block_bytes;
+  }
+}
+
+void BankCache::submit(const Run& run, const Half& half) {
+  const Bank& b = banks_[half.bank];
+  const int64_t n_bytes = (run.last - run.first + 1) * b.block_bytes;
+  ++figures_.requests;
+  figures_.read_bytes += n_bytes;
+  reader_->submit({files_[b.file].descriptor(), b.offset + run.first * b.block_bytes, n_bytes,
+                   memory(half) + half.at[run.first], half.bank});
+  ++in_flight_;
+}
+
+void BankCache::reap() {
+  const FlashDone done = reader_->wait();
+  --in_flight_;
+  if (!done.error) return;
+  const Bank& b = banks_[done.id];
+  fail(paths_[b.file] + ": cannot read a bank of " + std::to_string(b.n_blocks() * b.block_bytes) + " bytes at byte " +
+       std::to_string(b.offset) + " (" +
+       (done.error == kFlashShort ? "the file ends before that" : std::strerror(done.error)) +
+       "); check the disk, or convert the model again");
+}
+
+// Least frequently used: a block of the half that was used more often than one that stays takes its place.
+void BankCache::admit(const Half& half) {
+  if (half.sequence < 0 || failed_) return;
+  const Bank& b = banks_[half.bank];
+  State& state = states_[half.bank];
+  if (b.n_slots == 0) return;
+  order_.clear();
+  for (int block : half.blocks)
+    if (state.slot_of[block] == kNowhere && state.count[block] > 0) order_.push_back(block);
+  if (order_.empty()) return;
+  const auto more = [&](int x, int y) { return state.count[x] != state.count[y] ? state.count[x] > state.count[y] : x < y; };
+  std::sort(order_.begin(), order_.end(), more);
+  victims_.clear();
+  if (state.n_free < static_cast<int>(order_.size())) {
+    for (int slot = 0; slot < b.n_slots; ++slot)
+      if (state.block_in[slot] != kNowhere) victims_.push_back(state.block_in[slot]);
+    std::sort(victims_.begin(), victims_.end(), [&](int x, int y) { return more(y, x); });
+  }
+  size_t victim = 0;
+  int free_from = 0;
+  for (int block : order_) {
+    int slot = kNowhere;
+    if (state.n_free > 0) {
+      while (state.block_in[free_from] != kNowhere) ++free_from;
+      slot = free_from;
+      --state.n_free;
+    } else {
+      if (victim == victims_.size() || state.count[victims_[victim]] >= state.count[block]) break;
+      slot = state.slot_of[victims_[victim]];
+      state.slot_of[victims_[victim]] = kNowhere;
+      ++victim;
+    }
+    std::memcpy(state.slots + slot * b.block_bytes, memory(half) + half.at[block], b.block_bytes);
+    state.block_in[slot] = block;
+    state.slot_of[block] = slot;
+  }
+}
+
+void BankCache::place(const Half& half, int bank) {
+  const Bank& b = banks_[bank];
+  State& state = states_[bank];
+  for (int block : blocks_) {
+    const uint8_t* const at = state.slot_of[block] != kNowhere ? state.slots + state.slot_of[block] * b.block_bytes
+                              : half.at[block] != kNowhere      ? memory(half) + half.at[block]
+                                                                : staging_;
+    const int first = block * b.rows_per_block, end = std::min(b.n_rows, first + b.rows_per_block);
+    for (int row = first; row < end; ++row) state.rows[row] = at + (row - first) * b.row_bytes;
+  }
+}
+
+// Reads ahead for the next use while this one is computed: as much as the reader takes at once, so that a wrong guess
+// holds nobody up for long.
+void BankCache::predict(int64_t sequence, int use) {
+  const int bank = uses_[use].bank;
+  const Bank& b = banks_[bank];
+  if (predictor_ == Predictor::none || b.resident) return;
+  Half& half = halves_[sequence & 1];
+  take(half, sequence, bank);
+  const std::vector<uint64_t>& like = last_[uses_[use].like];
+  if (predictor_ == Predictor::model) {
+    wanted_blocks(bank, like.data());
+  } else {
+    blocks_.clear();
+    for (int block = 0; block < b.n_blocks(); ++block)
+      if (predictor_ == Predictor::inverse ? !has(like.data(), block * b.rows_per_block) : random_() % 2 == 0)
+        blocks_.push_back(block);
+  }
+  plan_reads(half, bank, true, reader_->depth());
+  for (const Run& run : runs_) submit(run, half);
+}
+
+void BankCache::fail(const std::string& what) {
+  if (failed_) return;
+  failure_ = what;
+  failed_.store(true, std::memory_order_release);
+}
+
+void BankCache::forget() {
+  for (State& state : states_) std::fill(state.count.begin(), state.count.end(), 0);
+}
+
+bool BankCache::direct() const {
+  return std::all_of(files_.begin(), files_.end(), [](const FlashFile& file) { return file.direct(); });
+}
+
+}  // namespace elute
