@@ -11,8 +11,9 @@
 
 namespace elute {
 
-MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets,
-                       int n, int k, int bits, int group_size, int zero, const std::string& affine, int padding) {
+// Without its planes.
+static MatrixView affine_view(const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k, int bits,
+                              int group_size, int zero, const std::string& affine) {
   const auto refuse = [](const std::string& what) { throw std::invalid_argument("matrix: " + what); };
   if (bits < 1 || bits > 8) refuse("bits=" + std::to_string(bits) + ", wanted 1 to 8");
   if (zero < 0 || zero > 255) refuse("zero=" + std::to_string(zero) + ", wanted 0 to 255");
@@ -22,14 +23,10 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
   const bool groups_fit = group_size == k || (group_size >= kSumRun && k % group_size == 0 &&
                                               (kActBlock % group_size == 0 || group_size % kActBlock == 0));
   if (!groups_fit) refuse("group_size=" + std::to_string(group_size) + " does not fit K=" + std::to_string(k));
-  MatrixView view{planes.data(), nullptr, nullptr, n, k, bits, group_size, zero, Affine::symmetric};
+  MatrixView view{nullptr, nullptr, nullptr, n, k, bits, group_size, zero, Affine::symmetric};
   if (affine == "zero") view.affine = Affine::zero;
   else if (affine == "min") view.affine = Affine::min;
   else if (affine != "symmetric") refuse("affine '" + affine + "'");
-  const int64_t wanted = view.n_panels() * view.panel_bytes() + padding;
-  if (static_cast<int64_t>(planes.size()) < wanted)
-    refuse("planes hold " + std::to_string(planes.size()) + " bytes, wanted " + std::to_string(wanted) +
-           (padding ? " with padding" : ""));
   const auto halves = [&](const HalvesIn& a, const char* name) {
     if (a.dtype().code != static_cast<uint8_t>(nb::dlpack::dtype_code::Float) || a.dtype().bits != 16)
       refuse(std::string(name) + " are not float16");
@@ -46,7 +43,37 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
   return view;
 }
 
+MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets,
+                       int n, int k, int bits, int group_size, int zero, const std::string& affine, int padding) {
+  MatrixView view = affine_view(scales, offsets, n, k, bits, group_size, zero, affine);
+  const int64_t wanted = view.n_panels() * view.panel_bytes() + padding;
+  if (static_cast<int64_t>(planes.size()) < wanted)
+    throw std::invalid_argument("matrix: planes hold " + std::to_string(planes.size()) + " bytes, wanted " +
+                                std::to_string(wanted) + (padding ? " with padding" : ""));
+  view.planes = planes.data();
+  return view;
+}
+
 namespace {
+
+// A matrix in channel order whose rows u8 [k, bytes] lie one behind the other, with every size checked.
+struct ChannelRows {
+  std::vector<const uint8_t*> rows;
+  ChannelMatrix view;
+
+  ChannelRows(const ArrayIn<uint8_t, 2>& bytes, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k,
+              int bits, int group_size, int zero, const std::string& affine, int64_t offset) {
+    const MatrixView shared = affine_view(scales, offsets, n, k, bits, group_size, zero, affine);
+    view = {nullptr, offset, shared.scales, shared.offsets, n, k, bits, group_size, zero, shared.affine};
+    const auto width = static_cast<int64_t>(bytes.shape(1));
+    if (static_cast<int64_t>(bytes.shape(0)) != k || offset < 0 || width < offset || width - offset < view.row_bytes())
+      throw std::invalid_argument("rows: found [" + std::to_string(bytes.shape(0)) + ", " + std::to_string(width) +
+                                  "], wanted " + std::to_string(k) + " of " + std::to_string(view.row_bytes()) +
+                                  " bytes from byte " + std::to_string(offset));
+    for (int channel = 0; channel < k; ++channel) rows.push_back(bytes.data() + channel * width);
+    view.rows = rows.data();
+  }
+};
 
 template <typename T, typename D>
 nb::object copied(const std::unique_ptr<T[], D>& data, std::initializer_list<size_t> shape) {
@@ -106,6 +133,54 @@ void bind_kernels(nb::module_& m) {
       nb::arg("lookup") = true, nb::arg("direct") = false,
       "y f32 [M, N] = x @ w.T by lookup, or with lookup=False by multiply, codes unpacked in scratch or with direct=True "
       "in registers; the same bits.");
+  m.def(
+      "channel_matmul",
+      [](const std::string& isa, const ArrayIn<float, 2>& x, const ArrayIn<uint64_t, 1>& active,
+         const ArrayIn<uint8_t, 2>& rows, const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int bits,
+         int group_size, int zero, const std::string& affine, int64_t offset, const std::optional<ArrayIn<float, 1>>& bias) {
+        const KernelTable& kernels = kernels_named(isa);
+        const int k = static_cast<int>(x.shape(1)), n_rows = static_cast<int>(x.shape(0));
+        const ChannelRows w(rows, scales, offsets, n, k, bits, group_size, zero, affine, offset);
+        if (static_cast<int64_t>(active.shape(0)) < (int64_t{k} + kActBlock - 1) / kActBlock)
+          throw std::invalid_argument("active: wanted a word for 64 channels");
+        if (bias && static_cast<int>(bias->shape(0)) != n) throw std::invalid_argument("bias: wanted [N]");
+        auto y = std::make_unique<float[]>(int64_t{n_rows} * n);
+        {
+          nb::gil_scoped_release release;
+          const Activations a(kernels, x.data(), n_rows, k, false);
+          for (int r = 0; r < n_rows; ++r)
+            kernels.matmul->channel_matmul(w.view, a.view.from_row(r), active.data(), 0, w.view.n_tiles(),
+                                           bias ? bias->data() : nullptr, y.get() + int64_t{r} * n);
+        }
+        return owned_array(std::move(y), {static_cast<size_t>(n_rows), static_cast<size_t>(n)});
+      },
+      nb::arg("isa"), nb::arg("x"), nb::arg("active"), nb::arg("rows"), nb::arg("scales"), nb::arg("offsets").none(),
+      nb::arg("n"), nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), nb::arg("offset") = 0,
+      nb::arg("bias").none() = nb::none(),
+      "y f32 [M, N] = x @ w.T over the channels whose bit is set in active u64 [K / 64]; x of the others is 0. "
+      "rows u8 [K, bytes]: w in channel order, from byte `offset` of each.");
+  m.def(
+      "channel_gemm",
+      [](const std::string& isa, const ArrayIn<float, 2>& x, const ArrayIn<uint8_t, 2>& rows, const HalvesIn& scales,
+         const std::optional<HalvesIn>& offsets, int n, int bits, int group_size, int zero, const std::string& affine,
+         int64_t offset, const std::optional<ArrayIn<float, 1>>& bias) {
+        const KernelTable& kernels = kernels_named(isa);
+        const int k = static_cast<int>(x.shape(1)), n_rows = static_cast<int>(x.shape(0));
+        const ChannelRows w(rows, scales, offsets, n, k, bits, group_size, zero, affine, offset);
+        if (bias && static_cast<int>(bias->shape(0)) != n) throw std::invalid_argument("bias: wanted [N]");
+        auto y = std::make_unique<float[]>(int64_t{n_rows} * n);
+        {
+          nb::gil_scoped_release release;
+          const Activations a(kernels, x.data(), n_rows, k, false);
+          auto scratch = aligned<uint8_t>(channel_gemm_scratch_bytes(n_rows));
+          kernels.matmul->channel_gemm(w.view, a.view, n_rows, 0, w.view.n_tiles(), bias ? bias->data() : nullptr, y.get(),
+                                       n, scratch.get());
+        }
+        return owned_array(std::move(y), {static_cast<size_t>(n_rows), static_cast<size_t>(n)});
+      },
+      nb::arg("isa"), nb::arg("x"), nb::arg("rows"), nb::arg("scales"), nb::arg("offsets").none(), nb::arg("n"),
+      nb::arg("bits"), nb::arg("group_size"), nb::arg("zero"), nb::arg("affine"), nb::arg("offset") = 0,
+      nb::arg("bias").none() = nb::none(), "y f32 [M, N] = x @ w.T of all channels; rows as in channel_matmul.");
   m.def(
       "multiplies_directly", [](const std::string& isa) { return kernels_named(isa).matmul->lut_multiply != nullptr; },
       nb::arg("isa"), "whether the level has a kernel that multiplies few rows without scratch");

@@ -7,6 +7,7 @@ namespace {
 
 constexpr int kVectors = kPanel / kLanes;  // vectors of 32-bit lanes that hold a panel
 constexpr int kHalfVectors = kVectors / 2;
+constexpr int kTileParts = kChannelTile / 2 / kBytes;  // vectors of a channel's positions, see load_positions
 
 constexpr int kCacheLine = 64;
 constexpr int at_least_one(int x) { return x < 1 ? 1 : x; }

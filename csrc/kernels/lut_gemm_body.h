@@ -262,38 +262,51 @@ ELUTE_INLINE void gemm_all_rows(const Gemm& g, int row, int block, int n_quads) 
   if constexpr (Rows > 1) gemm_all_rows<D, Rows / 2>(g, row, block, n_quads);
 }
 
+inline void begin_panel(const Gemm& g) {
+  const int64_t n_sums = int64_t{g.n_rows} * kPanel;
+  for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(g.scratch.sums + i, zero_floats());
+  if (g.segment_quads != g.group_quads)
+    for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(g.scratch.group + i, zero_floats());
+}
+// Adds the columns from `block` whose codes are in the scratch.
+template <int Bits>
+void multiply_columns(const Gemm& g, int panel, int block, int n_quads) {
+  const MatrixView& w = g.w;
+  const GemmScratch& scratch = g.scratch;
+  const int first_quad = block * kBlockQuads;
+  const int first_group = first_quad / g.group_quads;
+  const int n_groups = (first_quad + n_quads + g.group_quads - 1) / g.group_quads - first_group;
+  const int64_t scales_at = (int64_t{panel} * w.n_groups() + first_group) * kPanel;
+  widen_scales(w.scales + scales_at, n_groups, scratch.scales);
+  if (w.offsets) widen_scales(w.offsets + scales_at, n_groups, scratch.offsets);
+  int row = 0;
+  if constexpr (requires { &Dot<Bits>::centre_sums; }) row = gemm_overlapped_rows<Dot<Bits>>(g, block, n_quads);
+  gemm_all_rows<Dot<Bits>, kGemmRows>(g, row, block, n_quads);
+}
+inline void end_panel(const Gemm& g, int panel, const float* bias, float* y, int64_t ldy) {
+  for (int r = 0; r < g.n_rows; ++r) {
+    Floats sums[kVectors];
+    for (int v = 0; v < kVectors; ++v) sums[v] = load_floats(g.scratch.sums + int64_t{r} * kPanel + v * kLanes);
+    store_panel(g.w, panel, sums, bias, y + r * ldy);
+  }
+}
+
 template <int Bits>
 void lut_gemm_bits(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
                    const float* bias, float* y, int64_t ldy, uint8_t* scratch_bytes) {
   Gemm g(Dot<Bits>{}, Bits, w, x, n_rows, scratch_bytes);
-  const GemmScratch& scratch = g.scratch;
   for (int panel = panel_begin; panel < panel_end; ++panel) {
-    const int64_t n_sums = int64_t{n_rows} * kPanel;
-    for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(scratch.sums + i, zero_floats());
-    if (g.segment_quads != g.group_quads)
-      for (int64_t i = 0; i < n_sums; i += kLanes) store_floats(scratch.group + i, zero_floats());
+    begin_panel(g);
     for (int block = 0; block < x.n_blocks; block += kGemmColumns / kActBlock) {
       const int n_quads = smaller(kGemmColumns, w.k - block * kActBlock) / kLutWidth;
       const uint8_t* planes = w.planes + panel * w.panel_bytes() + int64_t{block} * (kBlockQuads * kHalfPanel * Bits);
-      dequant_quads<Bits>(planes, n_quads, scratch.codes);
+      dequant_quads<Bits>(planes, n_quads, g.scratch.codes);
       const bool last = panel + 1 == panel_end && block + kGemmColumns / kActBlock >= x.n_blocks;
       g.ahead = planes + n_quads * (kHalfPanel * Bits);
       g.ahead_bytes = last ? 0 : kGemmColumns / kLutWidth * (kHalfPanel * Bits);
-      const int first_quad = block * kBlockQuads;
-      const int first_group = first_quad / g.group_quads;
-      const int n_groups = (first_quad + n_quads + g.group_quads - 1) / g.group_quads - first_group;
-      const int64_t scales_at = (int64_t{panel} * w.n_groups() + first_group) * kPanel;
-      widen_scales(w.scales + scales_at, n_groups, scratch.scales);
-      if (w.offsets) widen_scales(w.offsets + scales_at, n_groups, scratch.offsets);
-      int row = 0;
-      if constexpr (requires { &Dot<Bits>::centre_sums; }) row = gemm_overlapped_rows<Dot<Bits>>(g, block, n_quads);
-      gemm_all_rows<Dot<Bits>, kGemmRows>(g, row, block, n_quads);
+      multiply_columns<Bits>(g, panel, block, n_quads);
     }
-    for (int r = 0; r < n_rows; ++r) {
-      Floats sums[kVectors];
-      for (int v = 0; v < kVectors; ++v) sums[v] = load_floats(scratch.sums + int64_t{r} * kPanel + v * kLanes);
-      store_panel(w, panel, sums, bias, y + r * ldy);
-    }
+    end_panel(g, panel, bias, y, ldy);
   }
 }
 

@@ -157,15 +157,15 @@ ELUTE_INLINE void gemm_all_rows(const Gemm& g, int row, int block, int n_quads) 
   if constexpr (Rows > 1) gemm_all_rows<Rows / 2>(g, row, block, n_quads);
 }
 
-template <int Bits>
-void multiply_panel(const Gemm& g, int panel, const float* bias, float* y, int64_t ldy) {
+// fill(block, n_quads): puts the operands of these columns into the batch.
+template <typename Fill>
+ELUTE_INLINE void multiply_panel(const Gemm& g, int panel, const float* bias, float* y, int64_t ldy, const Fill& fill) {
   const MatrixView& w = g.w;
   for (int i = 0; i < g.n_rows * kPanel; i += kLanes) store_floats(g.batch.sums + i, zero_floats());
   for (int block = 0; block < g.x.n_blocks; block += kRunColumns / kActBlock) {
     const int first_quad = block * kBlockQuads;
     const int n_quads = smaller(kRunColumns, w.k - block * kActBlock) / kLutWidth;
-    dequant_operands<Bits>(w.planes + panel * w.panel_bytes() + int64_t{first_quad} * (kHalfPanel * Bits), n_quads,
-                           g.batch.codes);
+    fill(block, n_quads);
     const int first_group = first_quad / g.group_quads;
     const int n_groups = (first_quad + n_quads + g.group_quads - 1) / g.group_quads - first_group;
     const int64_t scales_at = (int64_t{panel} * w.n_groups() + first_group) * kPanel;
@@ -180,16 +180,49 @@ void multiply_panel(const Gemm& g, int panel, const float* bias, float* y, int64
   }
 }
 
-void lut_gemm(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
-              const float* bias, float* y, int64_t ldy, uint8_t*) {
+// multiply.template operator()<Bits>(product of the rows from `row`, row) for each batch of rows.
+template <typename F>
+void for_each_batch(const MatrixView& w, const ActivationsView& x, int n_rows, const F& multiply) {
   Batch batch;
   for (int row = 0; row < n_rows; row += kBatchRows) {
     with_bits(w.bits, [&]<int Bits>() {
-      const Gemm g(w, x.from_row(row), smaller(kBatchRows, n_rows - row), kCodeBias<Bits>, batch);
-      for (int panel = panel_begin; panel < panel_end; ++panel)
-        multiply_panel<Bits>(g, panel, bias, y + row * ldy, ldy);
+      multiply.template operator()<Bits>(
+          Gemm(w, x.from_row(row), smaller(kBatchRows, n_rows - row), kCodeBias<Bits>, batch), row);
     });
   }
+}
+
+void lut_gemm(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,
+              const float* bias, float* y, int64_t ldy, uint8_t*) {
+  for_each_batch(w, x, n_rows, [&]<int Bits>(const Gemm& g, int row) {
+    for (int panel = panel_begin; panel < panel_end; ++panel) {
+      multiply_panel(g, panel, bias, y + row * ldy, ldy, [&](int block, int n_quads) {
+        const int64_t at = int64_t{block} * kBlockQuads * (kHalfPanel * Bits);
+        dequant_operands<Bits>(w.planes + panel * w.panel_bytes() + at, n_quads, g.batch.codes);
+      });
+    }
+  });
+}
+
+// Panel by panel of a tile: of each channel's piece the panel's part alone.
+void channel_gemm(const ChannelMatrix& w, const ActivationsView& x, int n_rows, int tile_begin, int tile_end,
+                  const float* bias, float* y, int64_t ldy, uint8_t*) {
+  const MatrixView shared = w.without_planes();
+  const int panel_end = smaller(tile_end * kTilePanels, shared.n_panels());
+  for_each_batch(shared, x, n_rows, [&]<int Bits>(const Gemm& g, int row) {
+    for (int panel = tile_begin * kTilePanels; panel < panel_end; ++panel) {
+      multiply_panel(g, panel, bias, y + row * ldy, ldy, [&](int block, int n_quads) {
+        const uint8_t* const* rows = w.rows + int64_t{block} * kActBlock;
+        const int64_t at = w.offset + panel / kTilePanels * w.tile_bytes();
+        switch (panel % kTilePanels) {
+          case 0: return channel_operands<Bits, 0>(rows, at, n_quads, g.batch.codes);
+          case 1: return channel_operands<Bits, 1>(rows, at, n_quads, g.batch.codes);
+          case 2: return channel_operands<Bits, 2>(rows, at, n_quads, g.batch.codes);
+          case 3: return channel_operands<Bits, 3>(rows, at, n_quads, g.batch.codes);
+        }
+      });
+    }
+  });
 }
 
 void lut_dequant(const MatrixView& w, int panel, uint8_t* codes) {

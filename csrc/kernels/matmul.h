@@ -46,6 +46,27 @@ struct PairSums {
 };
 ELUTE_INLINE int32_t both_pairs(uint32_t word) { return static_cast<int16_t>(word) + (static_cast<int32_t>(word) >> 16); }
 
+// Outputs that a row of the channel order (docs/packed-format.md) holds together.
+constexpr int kChannelTile = 128;
+constexpr int kTilePanels = kChannelTile / kPanel;
+constexpr int kTileLane = 16;  // bytes of one plane of a channel and tile
+
+// A matrix in channel order.
+struct ChannelMatrix {
+  const uint8_t* const* rows;  // [k] where each channel's row begins, anywhere; those of channels that are not active are not read
+  int64_t offset;              // of this matrix within a row, which may hold several; nothing beyond its tiles is read
+  const uint16_t* scales;      // as in MatrixView
+  const uint16_t* offsets;
+  int n, k, bits, group_size, zero;
+  Affine affine;
+
+  ELUTE_INLINE int n_tiles() const { return (n + kChannelTile - 1) / kChannelTile; }
+  ELUTE_INLINE int64_t tile_bytes() const { return int64_t{kTileLane} * bits; }
+  ELUTE_INLINE int64_t row_bytes() const { return n_tiles() * tile_bytes(); }
+  // What both orders share.
+  ELUTE_INLINE MatrixView without_planes() const { return {nullptr, scales, offsets, n, k, bits, group_size, zero, affine}; }
+};
+
 // One block of kTileRows rows, in the order in which lut_gemm's overlapped tiles read it: one stream instead of one a row.
 constexpr int kTileRows = 6;  // 12 registers of sums, 12 of the segment before, 6 of activations, 1 of codes: of 32
 struct alignas(64) ActTile {
@@ -92,6 +113,9 @@ constexpr int kGemmGroups = kGemmColumns / kSumRun + 1;
 constexpr int64_t gemm_scratch_bytes(int n_rows) {
   return int64_t{kGemmColumns} * kPanel + 2 * kGemmGroups * kPanel * 4 + int64_t{n_rows} * (2 * kPanel + 1) * 4;
 }
+// The same of channel_gemm, which has the panels of a tile in work.
+constexpr int64_t panel_scratch_bytes(int n_rows) { return (gemm_scratch_bytes(n_rows) + 63) / 64 * 64; }
+constexpr int64_t channel_gemm_scratch_bytes(int n_rows) { return kTilePanels * panel_scratch_bytes(n_rows); }
 // Codes of one panel as lut_dequant writes them.
 constexpr int64_t panel_codes_bytes(int k) { return int64_t{(k + kActBlock - 1) / kActBlock} * kActBlock * kPanel; }
 
@@ -106,6 +130,14 @@ struct MatmulKernels {
                    const float* bias, float* y, int64_t ldy, uint8_t* scratch);
   // Level 1 of the two-level lookup: codes u8 [quad][kPanel][kLutWidth] of a panel, whole blocks; 64-byte aligned.
   void (*lut_dequant)(const MatrixView& w, int panel, uint8_t* codes);
+  // lut_matmul in channel order: y[0, n) of one row for tiles [tile_begin, tile_end), of the channels whose bit is set: bit
+  // c % 64 of word c / 64 of `active`. The q of others are 0. Wants no tables.
+  void (*channel_matmul)(const ChannelMatrix& w, const ActivationsView& x, const uint64_t* active, int tile_begin,
+                         int tile_end, const float* bias, float* y);
+  // lut_gemm in channel order, reading all channels: bit for bit what channel_matmul gives for each row. scratch:
+  // channel_gemm_scratch_bytes(n_rows).
+  void (*channel_gemm)(const ChannelMatrix& w, const ActivationsView& x, int n_rows, int tile_begin, int tile_end,
+                       const float* bias, float* y, int64_t ldy, uint8_t* scratch);
   // lut_gemm for few rows, without scratch: codes are unpacked in registers, again for every few rows. Null where the
   // instructions for that cost more than they save.
   void (*lut_multiply)(const MatrixView& w, const ActivationsView& x, int n_rows, int panel_begin, int panel_end,

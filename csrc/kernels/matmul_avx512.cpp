@@ -5,5 +5,6 @@
 #include "kernels/quantize_tiles.h"
 
 namespace elute {
-const MatmulKernels matmul_kernels_avx512 = {quantize_tiled, lut_matmul, lut_gemm, lut_dequant, nullptr, true};
+const MatmulKernels matmul_kernels_avx512 = {quantize_tiled, lut_matmul, lut_gemm, lut_dequant, channel_matmul,
+                                              channel_gemm, nullptr, true};
 }

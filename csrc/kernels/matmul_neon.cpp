@@ -2,9 +2,10 @@
 // The vocabulary must come first, then the tile.
 #include "kernels/tile_neon_dot.h"
 #include "kernels/lut_gemm_neon.h"
+#include "kernels/channel_matmul_body.h"
 #include "kernels/lut_matmul_body.h"
 #include "kernels/quantize_neon.h"
 
 namespace elute {
-const MatmulKernels matmul_kernels_neon = {quantize, lut_matmul, lut_gemm, lut_dequant};
+const MatmulKernels matmul_kernels_neon = {quantize, lut_matmul, lut_gemm, lut_dequant, channel_matmul, channel_gemm};
 }

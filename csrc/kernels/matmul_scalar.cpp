@@ -4,5 +4,5 @@
 #include "kernels/quantize_scalar.h"
 
 namespace elute {
-const MatmulKernels matmul_kernels_scalar = {quantize, lut_matmul, lut_gemm, lut_dequant};
+const MatmulKernels matmul_kernels_scalar = {quantize, lut_matmul, lut_gemm, lut_dequant, channel_matmul, channel_gemm};
 }

@@ -1,5 +1,6 @@
 // The register tile of lut_gemm on dot products of signed bytes (FEAT_DotProd).
 #pragma once
+#include "kernels/channel_codes.h"
 #include "kernels/dequant_neon.h"
 
 namespace elute {
@@ -29,6 +30,17 @@ void dequant_operands(const uint8_t* planes, int n_quads, uint8_t* codes) {
   }
   for (int quad = n_quads; quad % kTileQuads != 0; ++quad)
     for (int i = 0; i < kQuadCodes; i += kBytes) vst1q_u8(codes + quad * kQuadCodes + i, vdupq_n_u8(0));
+}
+
+// The same from channel order: of a panel of the tile that lies `at` bytes into each row.
+template <int Bits, int Panel>
+void channel_operands(const uint8_t* const* rows, int64_t at, int n_quads, uint8_t* codes) {
+  const uint8x16_t bias = vdupq_n_u8(kCodeBias<Bits>);
+  for (int quad = 0; quad < (n_quads + kTileQuads - 1) / kTileQuads * kTileQuads; ++quad, codes += kQuadCodes) {
+    if (quad < n_quads) store_channel_codes<Bits, Panel, 1>(rows + quad * kLutWidth, at, codes, 0);
+    for (int i = 0; i < kQuadCodes; i += kBytes)
+      vst1q_u8(codes + i, quad < n_quads ? veorq_u8(vld1q_u8(codes + i), bias) : vdupq_n_u8(0));
+  }
 }
 
 // dot[r][v] = starts[r] + codes * q over `quads` quads. Activations are taken from their lanes; those beyond a row are 0.

@@ -1,5 +1,6 @@
 // The register tile of lut_gemm on matrix products (FEAT_I8MM): 8 channels at a time, pairs of rows by pairs of outputs.
 #pragma once
+#include "kernels/channel_codes.h"
 #include "kernels/dequant_neon.h"
 
 namespace elute {
@@ -42,6 +43,18 @@ void dequant_operands(const uint8_t* planes, int n_quads, uint8_t* codes) {
       codes += 4 * kQuarter;
     }
     planes += block_quads * kHalfPanel * Bits;
+  }
+}
+
+// The same from channel order: of a panel of the tile that lies `at` bytes into each row.
+template <int Bits, int Panel>
+void channel_operands(const uint8_t* const* rows, int64_t at, int n_quads, uint8_t* codes) {
+  for (int quad = 0; quad < n_quads; quad += 2, codes += 2 * kQuadCodes) {
+    uint32_t both[2][kPanel] = {};  // a quad's codes of each output
+    for (int i = 0; i < smaller(2, n_quads - quad); ++i)
+      store_channel_codes<Bits, Panel, 1>(rows + (quad + i) * kLutWidth, at, reinterpret_cast<uint8_t*>(both[i]), 0);
+    for (int output = 0; output < kPanel; output += kLanes)
+      vst2q_u32(reinterpret_cast<uint32_t*>(codes) + 2 * output, {vld1q_u32(both[0] + output), vld1q_u32(both[1] + output)});
   }
 }
 

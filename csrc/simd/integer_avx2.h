@@ -200,5 +200,31 @@ inline Bytes shift_bytes_left(Bytes codes) {  // codes stay below 256, so no bit
 inline Bytes or_bytes(Bytes a, Bytes b) { return _mm256_or_si256(a, b); }
 inline void store_bytes(uint8_t* p, Bytes v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 
+template <int Planes>
+inline Bytes load_positions(const uint8_t* section, int part) {
+  if constexpr (Planes == 1) return _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(section)));
+  return load_bytes(Planes == 4 ? section + part * kBytes : section);
+}
+inline void interleave_channels(const Bytes (&channels)[4], Bytes (&out)[4]) {
+  const __m256i first_a = _mm256_unpacklo_epi8(channels[0], channels[1]);
+  const __m256i first_b = _mm256_unpacklo_epi8(channels[2], channels[3]);
+  const __m256i last_a = _mm256_unpackhi_epi8(channels[0], channels[1]);
+  const __m256i last_b = _mm256_unpackhi_epi8(channels[2], channels[3]);
+  out[0] = _mm256_unpacklo_epi16(first_a, first_b);
+  out[1] = _mm256_unpackhi_epi16(first_a, first_b);
+  out[2] = _mm256_unpacklo_epi16(last_a, last_b);
+  out[3] = _mm256_unpackhi_epi16(last_a, last_b);
+}
+template <int Planes, int Half>
+inline Bytes position_codes(Bytes v, int part) {  // field (4 * Half + L) / Planes, L of 2 * part and 2 * part + 1
+  const __m256i mask = _mm256_set1_epi8((1 << Planes) - 1);
+  if constexpr (Planes == 4) return _mm256_and_si256(_mm256_srli_epi16(v, 4 * Half), mask);
+  if constexpr (Planes == 2) return _mm256_and_si256(_mm256_srl_epi16(v, _mm_cvtsi32_si128(4 * Half + 2 * part)), mask);
+  const __m256i by_lane = _mm256_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1);
+  return _mm256_and_si256(_mm256_srlv_epi32(v, _mm256_add_epi32(by_lane, _mm256_set1_epi32(4 * Half + 2 * part))), mask);
+}
+template <int Planes>
+using SectionDot = Dot<Planes>;
+
 }  // namespace
 }  // namespace elute

@@ -191,5 +191,36 @@ inline Bytes shift_bytes_left(Bytes codes) { return _mm512_slli_epi32(codes, Shi
 inline Bytes or_bytes(Bytes a, Bytes b) { return _mm512_or_si512(a, b); }
 inline void store_bytes(uint8_t* p, Bytes v) { _mm512_storeu_si512(p, v); }
 
+template <int Planes>
+inline Bytes load_positions(const uint8_t* section, int) {
+  if constexpr (Planes == 4) return load_bytes(section);
+  if constexpr (Planes == 2) return _mm512_broadcast_i64x4(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(section)));
+  return _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(section)));
+}
+inline void interleave_channels(const Bytes (&channels)[4], Bytes (&out)[4]) {
+  const __m512i first_a = _mm512_unpacklo_epi8(channels[0], channels[1]);
+  const __m512i first_b = _mm512_unpacklo_epi8(channels[2], channels[3]);
+  const __m512i last_a = _mm512_unpackhi_epi8(channels[0], channels[1]);
+  const __m512i last_b = _mm512_unpackhi_epi8(channels[2], channels[3]);
+  out[0] = _mm512_unpacklo_epi16(first_a, first_b);
+  out[1] = _mm512_unpackhi_epi16(first_a, first_b);
+  out[2] = _mm512_unpacklo_epi16(last_a, last_b);
+  out[3] = _mm512_unpackhi_epi16(last_a, last_b);
+}
+// By lane, 4 bytes each.
+inline __m512i each_lane(int a, int b, int c, int d) {
+  return _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
+}
+template <int Planes, int Half>
+inline Bytes position_codes(Bytes v, int) {  // field (4 * Half + L) / Planes of lane L
+  const __m512i mask = _mm512_set1_epi8((1 << Planes) - 1);
+  constexpr int h = 4 * Half;
+  if constexpr (Planes == 4) return _mm512_and_si512(_mm512_srli_epi16(v, h), mask);
+  const __m512i shifts = Planes == 2 ? each_lane(h, h, h + 2, h + 2) : each_lane(h, h + 1, h + 2, h + 3);
+  return _mm512_and_si512(_mm512_srlv_epi32(v, shifts), mask);
+}
+template <int Planes>
+using SectionDot = Product;
+
 }  // namespace
 }  // namespace elute

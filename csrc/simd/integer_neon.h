@@ -76,6 +76,41 @@ inline Floats load_floats(const float* p) { return vld1q_f32(p); }
 inline void store_floats(float* p, Floats a) { vst1q_f32(p, a); }
 inline Floats load_halves(const uint16_t* p) { return vcvt_f32_f16(vreinterpret_f16_u16(vld1_u16(p))); }
 
+template <int Planes>
+inline Bytes load_positions(const uint8_t* section, int part) { return load_bytes(section + 16 * (part % Planes)); }
+inline void interleave_channels(const Bytes (&channels)[4], Bytes (&out)[4]) {
+  const uint16x8_t first_a = vreinterpretq_u16_u8(vzip1q_u8(channels[0], channels[1]));
+  const uint16x8_t first_b = vreinterpretq_u16_u8(vzip1q_u8(channels[2], channels[3]));
+  const uint16x8_t last_a = vreinterpretq_u16_u8(vzip2q_u8(channels[0], channels[1]));
+  const uint16x8_t last_b = vreinterpretq_u16_u8(vzip2q_u8(channels[2], channels[3]));
+  out[0] = vreinterpretq_u8_u16(vzip1q_u16(first_a, first_b));
+  out[1] = vreinterpretq_u8_u16(vzip2q_u16(first_a, first_b));
+  out[2] = vreinterpretq_u8_u16(vzip1q_u16(last_a, last_b));
+  out[3] = vreinterpretq_u8_u16(vzip2q_u16(last_a, last_b));
+}
+template <int Planes, int Half>
+inline Bytes position_codes(Bytes v, int part) {
+  const int8x16_t shift = vdupq_n_s8(static_cast<int8_t>(-((4 * Half + part) / Planes * Planes)));
+  return vandq_u8(vshlq_u8(v, shift), vdupq_n_u8((1 << Planes) - 1));
+}
+// Codes below 16 are the same with a sign.
+template <int Planes>
+struct SectionDot {
+  static constexpr int kRun = 16;
+  using Partial = int32x4_t;
+  static int centre(int, int) { return 0; }
+  static Partial start(uint32_t, int) { return vdupq_n_s32(0); }
+  static void add(Partial& p, Bytes codes, Bytes q) {
+    p = vdotq_s32(p, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(q));
+  }
+  static Ints total(Partial p) { return p; }
+};
+
+template <int Shift>
+inline Bytes shift_bytes_left(Bytes codes) { return vshlq_n_u8(codes, Shift); }
+inline Bytes or_bytes(Bytes a, Bytes b) { return vorrq_u8(a, b); }
+inline void store_bytes(uint8_t* p, Bytes v) { vst1q_u8(p, v); }
+
 inline void keep_in_register(int32x4_t& v) { asm("" : "+w"(v)); }
 inline Bytes broadcast_quad(const int8_t* q) {
   uint32_t word;

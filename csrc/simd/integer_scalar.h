@@ -162,5 +162,25 @@ inline Bytes or_bytes(Bytes a, Bytes b) {
 }
 inline void store_bytes(uint8_t* p, Bytes a) { __builtin_memcpy(p, a.v, kBytes); }
 
+// Channel order: positions 64h + 16L + 4i + m of a section of a channel. A vector holds a part of them: of both halves h,
+// the lanes L = part * kBytes / 16 and on, in lanes of 16 bytes; where a section's bytes hold several L, more than once.
+template <int Planes>
+inline Bytes load_positions(const uint8_t* section, int part) { return load_bytes(section + 16 * (part % Planes)); }
+// The bytes of four channels side by side: out[i] holds those of i, [kLanes outputs: L, m][4 channels].
+inline void interleave_channels(const Bytes (&channels)[4], Bytes (&out)[4]) {
+  for (int i = 0; i < 4; ++i)
+    for (int at = 0; at < kBytes; ++at) out[i].v[at] = channels[at % 4].v[4 * i + at / 4];
+}
+// The codes of a half in them: fields of Planes bits.
+template <int Planes, int Half>
+inline Bytes position_codes(Bytes a, int part) {
+  const int shift = (4 * Half + part) / Planes * Planes;
+  for (uint8_t& x : a.v) x = x >> shift & ((1 << Planes) - 1);
+  return a;
+}
+// Products of a section's codes.
+template <int Planes>
+using SectionDot = Product;
+
 }  // namespace
 }  // namespace elute

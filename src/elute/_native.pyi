@@ -29,6 +29,35 @@ def lut_matmul(
     lookup: bool = True,
     direct: bool = False,
 ) -> _F32: ...
+def channel_matmul(
+    isa: str,
+    x: _F32,
+    active: npt.NDArray[np.uint64],
+    rows: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+    offset: int = 0,
+    bias: _F32 | None = None,
+) -> _F32: ...
+def channel_gemm(
+    isa: str,
+    x: _F32,
+    rows: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+    offset: int = 0,
+    bias: _F32 | None = None,
+) -> _F32: ...
 def multiplies_directly(isa: str) -> bool: ...
 def lut_dequant(isa: str, planes: _U8, n: int, k: int, bits: int) -> _U8: ...
 def dequant_rows(

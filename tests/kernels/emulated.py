@@ -97,6 +97,13 @@ class KernelServer:
     def lut_matmul(self, isa: str, x: np.ndarray, *, bias=None, lookup=True, **matrix):
         return self.call("lut_matmul", isa, x, *_matrix(**matrix), bias, int(lookup))[0]
 
+    def channel_matmul(self, isa, x, active, *, rows, offset=0, bias=None, **matrix):
+        values = *_matrix(rows, **matrix), offset, bias
+        return self.call("channel_matmul", isa, x, active.view(np.uint8), *values)[0]
+
+    def channel_gemm(self, isa, x, *, rows, offset=0, bias=None, **matrix):
+        return self.call("channel_gemm", isa, x, *_matrix(rows, **matrix), offset, bias)[0]
+
     def matmul_seconds(self, isa: str, x: np.ndarray, *, repeats: int, **matrix):
         """What it takes is for a counter of instructions to find; -> the product."""
         return self.call("matmul_seconds", isa, x, *_matrix(**matrix), repeats)[0]

@@ -42,6 +42,14 @@ def lut_matmul(isa: str, *arguments: Any, **named: Any) -> Any:
     return _home(isa).lut_matmul(isa, *arguments, **named)
 
 
+def channel_matmul(isa: str, *arguments: Any, **named: Any) -> Any:
+    return _home(isa).channel_matmul(isa, *arguments, **named)
+
+
+def channel_gemm(isa: str, *arguments: Any, **named: Any) -> Any:
+    return _home(isa).channel_gemm(isa, *arguments, **named)
+
+
 def lut_dequant(isa: str, *arguments: Any, **named: Any) -> Any:
     return _home(isa).lut_dequant(isa, *arguments, **named)
 

@@ -1,5 +1,6 @@
 // The kernels and the executor of elute without Python, for CPUs that are only emulated here: answers the calls of
 // elute._native that ../emulated.py sends, with the same names and the arguments in the same order.
+#include <cstring>
 #include <functional>
 #include <map>
 #include <memory>
@@ -47,6 +48,25 @@ struct Matrix {
   }
 };
 
+// The same with rows u8 [K, bytes] in channel order for planes, and the offset in them.
+struct Channels {
+  Array<uint8_t> bytes;
+  Array<uint16_t> scales;
+  std::optional<Array<uint16_t>> offsets;
+  std::vector<const uint8_t*> rows;
+  ChannelMatrix view;
+
+  Channels(Request& in, int k) : Channels{Matrix(in, k), in.integer()} {}  // braces: in this order
+
+ private:
+  Channels(const Matrix& matrix, int64_t offset)
+      : bytes(matrix.planes), scales(matrix.scales), offsets(matrix.offsets) {
+    const MatrixView& m = matrix.view;
+    for (int channel = 0; channel < m.k; ++channel) rows.push_back(bytes.data() + int64_t{channel} * bytes.shape(1));
+    view = {rows.data(), offset, m.scales, m.offsets, m.n, m.k, m.bits, m.group_size, m.zero, m.affine};
+  }
+};
+
 CacheType cache_type(Request& in) { return in.text() == "q8" ? CacheType::q8 : CacheType::f16; }
 
 void add_matmul_calls(Calls& calls) {
@@ -79,6 +99,36 @@ void add_matmul_calls(Calls& calls) {
       const auto scratch = aligned<uint8_t>(gemm_scratch_bytes(rows));
       matmul_by_multiply(*kernels.matmul, w, a.view, rows, all, b, y.data(), w.n, scratch.get());
     }
+    out.add(y.data(), {size_t(rows), size_t(w.n)});
+  };
+  calls["channel_matmul"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto x = in.array<float>();
+    const auto active = in.array<uint8_t>();  // the bytes of the words
+    const Channels matrix(in, x.shape(1));
+    const ChannelMatrix& w = matrix.view;
+    const auto bias = in.optional_array<float>();
+    const Activations a(kernels, x.data(), x.shape(0), w.k, false);
+    std::vector<uint64_t> words(active.size() / 8);
+    std::memcpy(words.data(), active.data(), active.size());
+    std::vector<float> y(int64_t{x.shape(0)} * w.n);
+    for (int r = 0; r < x.shape(0); ++r)
+      kernels.matmul->channel_matmul(w, a.view.from_row(r), words.data(), 0, w.n_tiles(), bias ? bias->data() : nullptr,
+                                     y.data() + int64_t{r} * w.n);
+    out.add(y.data(), {size_t(x.shape(0)), size_t(w.n)});
+  };
+  calls["channel_gemm"] = [](Request& in, Reply& out) {
+    const KernelTable& kernels = kernels_named(in.text());
+    const auto x = in.array<float>();
+    const Channels matrix(in, x.shape(1));
+    const ChannelMatrix& w = matrix.view;
+    const auto bias = in.optional_array<float>();
+    const int rows = x.shape(0);
+    const Activations a(kernels, x.data(), rows, w.k, false);
+    const auto scratch = aligned<uint8_t>(channel_gemm_scratch_bytes(rows));
+    std::vector<float> y(int64_t{rows} * w.n);
+    kernels.matmul->channel_gemm(w, a.view, rows, 0, w.n_tiles(), bias ? bias->data() : nullptr, y.data(), w.n,
+                                 scratch.get());
     out.add(y.data(), {size_t(rows), size_t(w.n)});
   };
   // As codes of whole panels, in the order of the kernel: u8 [n_panels, K / 4, 32, 4].
