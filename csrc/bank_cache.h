@@ -78,6 +78,7 @@ class BankCache {
   const std::vector<uint64_t>& last(int use) const { return last_[use]; }
   std::string_view reader() const { return reader_ ? reader_->name() : "none"; }
   bool direct() const;
+  bool reads() const { return reader_ != nullptr; }  // not all banks are resident
   int n_uses() const { return static_cast<int>(uses_.size()); }
   const Bank& bank(int i) const { return banks_[i]; }
   int n_banks() const { return static_cast<int>(banks_.size()); }

@@ -41,6 +41,10 @@ MatrixView matrix_view(const ArrayIn<uint8_t, 1>& planes, const HalvesIn& scales
                        int n, int k, int bits, int group_size, int zero, const std::string& affine,
                        int padding = kPlanesPadding);
 
+// The same of scales and offsets alone; its planes are null.
+MatrixView affine_view(const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k, int bits, int group_size,
+                       int zero, const std::string& affine);
+
 void bind_kernels(nb::module_& m);
 void bind_float_kernels(nb::module_& m);
 void bind_executor(nb::module_& m);

@@ -82,7 +82,7 @@ class BoundExecutor {
     auto& cache = nb::cast<BankCache&>(banks);
     want(!banks_ || banks_ == &cache, "channel matrix: a second cache");
     want(bank >= 0 && bank < cache.n_banks(), "channel matrix: bank");
-    const MatrixView view = matrix_view_without_planes(scales, offsets, n, k, bits, group_size, zero, affine);
+    const MatrixView view = affine_view(scales, offsets, n, k, bits, group_size, zero, affine);
     const ChannelMatrix matrix{nullptr, offset, view.scales, view.offsets, n, k, bits, group_size, view.zero, view.affine};
     want(cache.bank(bank).n_rows == k && offset >= 0 && offset <= cache.bank(bank).row_bytes - matrix.row_bytes(),
          "channel matrix: rows of the bank");
@@ -176,7 +176,7 @@ class BoundExecutor {
 
   nb::object forward(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits) {
     want(finished_, "forward: not finished");
-    if ((stream_ || banks_) && process_ != getpid())
+    if ((stream_ || (banks_ && banks_->reads())) && process_ != getpid())
       throw std::runtime_error("forward: found a forked child, which has nobody who reads weights from flash; load the model in it");
     const int n = static_cast<int>(tokens.shape(0));
     want(n >= 1 && n <= executor_->chunk(), "forward: tokens beyond the chunk");

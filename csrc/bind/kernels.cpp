@@ -12,7 +12,7 @@
 namespace elute {
 
 // Without its planes.
-static MatrixView affine_view(const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k, int bits,
+MatrixView affine_view(const HalvesIn& scales, const std::optional<HalvesIn>& offsets, int n, int k, int bits,
                               int group_size, int zero, const std::string& affine) {
   const auto refuse = [](const std::string& what) { throw std::invalid_argument("matrix: " + what); };
   if (bits < 1 || bits > 8) refuse("bits=" + std::to_string(bits) + ", wanted 1 to 8");
