@@ -8,6 +8,7 @@
 #include <vector>
 
 #include "dispatch.h"
+#include "expert_plan.h"
 #include "thread_pool.h"
 #include "weight_stream.h"
 
@@ -61,6 +62,18 @@ struct GateOp {
   int gate, up, output;
   Activation activation;
 };
+struct RouterOp {
+  int input, output;
+  const float* weight;  // [width of output][width of input]
+};
+struct ExpertsOp {
+  int input, logits, output;
+  std::vector<int> gates, ups, downs;  // [expert] matrices, of each kind all of one shape
+  int top_k;
+  bool normalized;
+  Activation activation;
+  int pieces_end = 0;  // as in LinearOp
+};
 struct AddOp {
   int input, output;
 };
@@ -69,7 +82,8 @@ struct HeadOp {
   std::vector<int32_t> columns;
   float softcap;
 };
-using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, AddOp, HeadOp>;
+using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, RouterOp, ExpertsOp, AddOp,
+                        HeadOp>;
 
 constexpr int kMaxContext = 1 << 24;  // the last position that is exact in f32, as rotary angles need it
 
@@ -88,7 +102,7 @@ class Executor {
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
-  // After finish(): matrix i of a LinearOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
+  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
   // the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
 
@@ -114,6 +128,7 @@ class Executor {
     int first_logits_row() const { return all_logits ? 0 : n - 1; }
   };
   struct Product;
+  struct ExpertProduct;
   struct RopeTable {
     std::vector<float> inverse_frequencies;
     float factor;
@@ -147,16 +162,21 @@ class Executor {
   void run_rows(const RopeOp&, const Call&, const Slice&, int thread);
   void run_rows(const AttentionOp&, const Call&, const Slice&, int thread);
   void run_rows(const GateOp&, const Call&, const Slice&, int thread);
+  void run_rows(const RouterOp&, const Call&, const Slice&, int) {}
+  void run_rows(const ExpertsOp&, const Call&, const Slice&, int thread);
   void run_rows(const AddOp&, const Call&, const Slice&, int thread);
   void run_rows(const HeadOp&, const Call&, const Slice&, int thread);
 
   // What an op does when that is done for all rows.
   static bool needs_all_rows(const Op& op) {
     return std::holds_alternative<LinearOp>(op) || std::holds_alternative<AttentionOp>(op) ||
+           std::holds_alternative<RouterOp>(op) || std::holds_alternative<ExpertsOp>(op) ||
            std::holds_alternative<HeadOp>(op);
   }
   void run_all(const LinearOp&, const Call&, Walk&);
   void run_all(const AttentionOp&, const Call&, Walk&);
+  void run_all(const RouterOp&, const Call&, Walk&);
+  void run_all(const ExpertsOp&, const Call&, Walk&);
   void run_all(const HeadOp&, const Call&, Walk&);
   template <typename RowOp>
   void run_all(const RowOp&, const Call&, Walk&) {}
@@ -170,6 +190,14 @@ class Executor {
   CacheView cache(int layer, int kv_head) const;
   void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
   void attend_spans(const AttentionOp&, const Call&, Walk&);
+  // executor_experts.cpp
+  void allocate_experts();
+  int64_t expert_activations() const;  // quantized at a time, padding included
+  void find_experts(const ExpertsOp&, ExpertPlan&) const;
+  template <typename LooksUp, typename RowOf>
+  void quantize_slots(const ExpertPlan&, int n_picks, int k, const LooksUp&, const RowOf&, Walk&);
+  template <typename Products, typename Finish>
+  void multiply_picked(const ExpertsOp&, const Call&, const ExpertPlan&, int n_each, const Products&, const Finish&, Walk&);
   ActivationsView activations(int k, int n_rows, bool tables) const;  // of the op that runs
   void quantize_rows(int input, const std::vector<int32_t>& columns, int k, Range rows, const Slice&, bool tables,
                      int thread);
@@ -189,6 +217,8 @@ class Executor {
   std::vector<Op> ops_;
   std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
+  Pages expert_gates_, expert_ups_, expert_downs_;  // [slot of an ExpertPlan][width]
+  std::vector<ExpertPlan> expert_plans_;            // [thread]
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   WeightStream* stream_ = nullptr;
   uint32_t passes_ = 0;
