@@ -108,30 +108,38 @@ void Executor::finish(const LookupRows& lookup_rows) {
     looked_up = std::max(looked_up, std::min(lookup_rows_[m.bits], chunk_));
   }
   for (const InBank& m : in_banks_) widest = std::max(widest, m.matrix.k);
-  const int64_t padded = round_up(widest, kActBlock);
+  allocate_experts();
+  const int64_t padded = round_up(widest, kActBlock), n_values = std::max(chunk_ * padded, expert_activations());
   active_ = Pages(padded / 64 * 8);
-  q_ = Pages(chunk_ * padded + kActPadding);
-  act_scales_ = Pages(chunk_ * padded / kActBlock * 4);
-  sums_ = Pages(chunk_ * padded / kSumRun * 4);
-  pairs_ = Pages(chunk_ * padded / kActBlock * int64_t{sizeof(PairSums)});
+  q_ = Pages(n_values + kActPadding);
+  act_scales_ = Pages(n_values / kActBlock * 4);
+  sums_ = Pages(n_values / kSumRun * 4);
+  pairs_ = Pages(n_values / kActBlock * int64_t{sizeof(PairSums)});
   if (kernels_.matmul->wants_tiles)
-    tiles_ = Pages((chunk_ + kTileRows - 1) / kTileRows * padded / kActBlock * int64_t{sizeof(ActTile)});
-  tables_ = Pages(looked_up * padded / kLutWidth * kTableBytes);
-  lows_ = Pages(looked_up * padded / kSumRun * 4);
+    tiles_ = Pages((n_values + (kTileRows - 1) * padded) / (kTileRows * kActBlock) * int64_t{sizeof(ActTile)});
+  const int64_t n_looked_up = looked_up ? std::max(looked_up * padded, expert_activations()) : 0;
+  tables_ = Pages(n_looked_up / kLutWidth * kTableBytes);
+  lows_ = Pages(n_looked_up / kSumRun * 4);
   for (int thread = 0; thread < n_threads(); ++thread) {
     gemm_scratch_.emplace_back(in_banks_.empty() ? gemm_scratch_bytes(chunk_) : channel_gemm_scratch_bytes(chunk_));
     attention_scratch_.emplace_back(attention_scratch_bytes(head_width_));
     gathered_.emplace_back(padded * 4);
     const int tiles = in_banks_.empty() ? 0 : std::max(kResultTiles, chunk_) * kChannelTile;
-    results_.emplace_back(
-        4 * std::max<int64_t>({tiles, std::max(kResultRows, chunk_) * kPanel, attention_result_floats()}));
+    results_.emplace_back(4 * std::max<int64_t>({tiles, (kResultRows + chunk_) * kPanel, attention_result_floats()}));
   }
 }
 
 void Executor::stream(WeightStream& stream, const std::vector<int>& pieces) {
-  for (Op& op : ops_)
-    if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->use < 0)
-      for (int m : linear->matrices) linear->pieces_end = std::max(linear->pieces_end, pieces[m] + 1);
+  const auto end_of = [&](const std::vector<int>& matrices) {
+    int end = 0;
+    for (int m : matrices) end = std::max(end, pieces[m] + 1);
+    return end;
+  };
+  for (Op& op : ops_) {
+    if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->use < 0) linear->pieces_end = end_of(linear->matrices);
+    if (auto* experts = std::get_if<ExpertsOp>(&op))
+      experts->pieces_end = std::max({end_of(experts->gates), end_of(experts->ups), end_of(experts->downs)});
+  }
   stream_ = &stream;
 }
 
@@ -173,11 +181,12 @@ void Executor::run(const Call& call, Walk& walk) {
         std::visit([&](const auto& op) { run_rows(op, call, slice, walk.thread()); }, ops_[i]);
     });
     const Op& last = ops_[step.ops.end - 1];
-    const auto* linear = stream_ ? std::get_if<LinearOp>(&last) : nullptr;
-    const int pieces = linear ? linear->pieces_end : 0;
+    const auto* linear = std::get_if<LinearOp>(&last);
+    const auto* experts = std::get_if<ExpertsOp>(&last);
+    const int pieces = !stream_ ? 0 : linear ? linear->pieces_end : experts ? experts->pieces_end : 0;
     if (pieces) stream_->wait(call.pass, pieces);
-    if (const auto* op = std::get_if<LinearOp>(&last); op && op->use >= 0)
-      banks_->demand(call.pass, op->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
+    if (linear && linear->use >= 0)
+      banks_->demand(call.pass, linear->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
     std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
     if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
   }

@@ -10,6 +10,7 @@
 #include "bank_cache.h"
 #include "channel_mask.h"
 #include "dispatch.h"
+#include "expert_plan.h"
 #include "thread_pool.h"
 #include "weight_stream.h"
 
@@ -65,6 +66,18 @@ struct GateOp {
   int gate, up, output;
   Activation activation;
 };
+struct RouterOp {
+  int input, output;
+  const float* weight;  // [width of output][width of input]
+};
+struct ExpertsOp {
+  int input, logits, output;
+  std::vector<int> gates, ups, downs;  // [expert] matrices, of each kind all of one shape
+  int top_k;
+  bool normalized;
+  Activation activation;
+  int pieces_end = 0;  // as in LinearOp
+};
 struct AddOp {
   int input, output;
 };
@@ -73,7 +86,8 @@ struct HeadOp {
   std::vector<int32_t> columns;
   float softcap;
 };
-using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, AddOp, HeadOp>;
+using Op = std::variant<EmbedOp, RmsNormOp, LinearOp, RopeOp, AttentionOp, GateOp, RouterOp, ExpertsOp, AddOp,
+                        HeadOp>;
 
 constexpr int kResultTiles = 64;  // tiles, times rows, of a chunk of products in channel order: 32 KiB until they are published
 constexpr int kMaxContext = 1 << 24;  // the last position that is exact in f32, as rotary angles need it
@@ -96,7 +110,7 @@ class Executor {
   int add_mask();  // of the inputs of linear ops; until set_mask() nothing is masked
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
-  // After finish(): matrix i of a LinearOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
+  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
   // the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
 
@@ -127,6 +141,7 @@ class Executor {
     int first_logits_row() const { return all_logits ? 0 : n - 1; }
   };
   struct Product;
+  struct ExpertProduct;
   struct RopeTable {
     std::vector<float> inverse_frequencies;
     float factor;
@@ -164,12 +179,15 @@ class Executor {
   void run_rows(const RopeOp&, const Call&, const Slice&, int thread);
   void run_rows(const AttentionOp&, const Call&, const Slice&, int thread);
   void run_rows(const GateOp&, const Call&, const Slice&, int thread);
+  void run_rows(const RouterOp&, const Call&, const Slice&, int) {}
+  void run_rows(const ExpertsOp&, const Call&, const Slice&, int thread);
   void run_rows(const AddOp&, const Call&, const Slice&, int thread);
   void run_rows(const HeadOp&, const Call&, const Slice&, int thread);
 
   // What an op does when that is done for all rows.
   static bool needs_all_rows(const Op& op) {
     return std::holds_alternative<LinearOp>(op) || std::holds_alternative<AttentionOp>(op) ||
+           std::holds_alternative<RouterOp>(op) || std::holds_alternative<ExpertsOp>(op) ||
            std::holds_alternative<HeadOp>(op);
   }
   void run_all(const LinearOp&, const Call&, Walk&);
@@ -177,6 +195,8 @@ class Executor {
   void find_active(int width, const Slice&);
   int input_width(const LinearOp& op) const { return widths_[op.input]; }
   void run_all(const AttentionOp&, const Call&, Walk&);
+  void run_all(const RouterOp&, const Call&, Walk&);
+  void run_all(const ExpertsOp&, const Call&, Walk&);
   void run_all(const HeadOp&, const Call&, Walk&);
   template <typename RowOp>
   void run_all(const RowOp&, const Call&, Walk&) {}
@@ -190,6 +210,14 @@ class Executor {
   CacheView cache(int layer, int kv_head) const;
   void attend_blocks(const AttentionOp&, const Call&, int heads, Walk&);
   void attend_spans(const AttentionOp&, const Call&, Walk&);
+  // executor_experts.cpp
+  void allocate_experts();
+  int64_t expert_activations() const;  // quantized at a time, padding included
+  void find_experts(const ExpertsOp&, ExpertPlan&) const;
+  template <typename LooksUp, typename RowOf>
+  void quantize_slots(const ExpertPlan&, int n_picks, int k, const LooksUp&, const RowOf&, Walk&);
+  template <typename Products, typename Finish>
+  void multiply_picked(const ExpertsOp&, const Call&, const ExpertPlan&, int n_each, const Products&, const Finish&, Walk&);
   ActivationsView activations(int k, int n_rows, bool tables) const;  // of the op that runs
   void quantize_rows(int input, const std::vector<int32_t>& columns, int mask, int k, Range rows, const Slice&,
                      bool tables, int thread);
@@ -215,6 +243,8 @@ class Executor {
   std::vector<Step> steps_;
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
   Pages active_;  // of a lone row: a bit for each channel whose q is not 0
+  Pages expert_gates_, expert_ups_, expert_downs_;  // [slot of an ExpertPlan][width]
+  std::vector<ExpertPlan> expert_plans_;            // [thread]
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   WeightStream* stream_ = nullptr;
   uint32_t passes_ = 0;

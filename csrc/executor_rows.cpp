@@ -10,11 +10,6 @@ namespace {
 // Channels that are worth a thread's while: some 0.2 us.
 constexpr int kLeastChannels = 256;
 
-bool needs_all_rows(const Op& op) {
-  return std::holds_alternative<LinearOp>(op) || std::holds_alternative<AttentionOp>(op) ||
-         std::holds_alternative<HeadOp>(op);
-}
-
 }  // namespace
 
 // How an op's row-wise part uses a register: in units of so many channels, or each value depends on the whole row.
@@ -44,6 +39,8 @@ std::vector<Executor::Touch> Executor::touches(const Op& op) {
     std::vector<Touch> operator()(const GateOp& o) const {
       return {{o.gate, kActBlock, false}, {o.up, kActBlock, false}, {o.output, kActBlock, true}};
     }
+    std::vector<Touch> operator()(const RouterOp&) const { return {}; }
+    std::vector<Touch> operator()(const ExpertsOp& o) const { return {{o.logits, Touch::kWhole, true}}; }
     std::vector<Touch> operator()(const AddOp& o) const {
       return {{o.input, kActBlock, false}, {o.output, kActBlock, true}};
     }

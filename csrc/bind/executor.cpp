@@ -135,11 +135,27 @@ class BoundExecutor {
   }
   void gate(int gate, int up, int output, const std::string& activation) {
     want(width(gate) == width(up) && width(gate) == width(output), "gate: widths");
-    Activation a = Activation::silu;
-    if (activation == "gelu_tanh") a = Activation::gelu_tanh;
-    else if (activation == "relu2") a = Activation::relu2;
-    else want(activation == "silu", "gate: activation");
-    add(GateOp{gate, up, output, a});
+    add(GateOp{gate, up, output, activation_named(activation)});
+  }
+  void router(int input, const ArrayIn<float, 2>& weight, int output) {
+    want(static_cast<int>(weight.shape(0)) == width(output) && static_cast<int>(weight.shape(1)) == width(input) &&
+             output != input, "router: widths");
+    kept_.push_back(nb::cast(weight));
+    add(RouterOp{input, output, weight.data()});
+  }
+  void experts(int input, int logits, int output, std::vector<int> gates, std::vector<int> ups, std::vector<int> downs,
+               int top_k, bool normalized, const std::string& activation) {
+    const size_t n = width(logits);
+    want(gates.size() == n && ups.size() == n && downs.size() == n, "experts: counts");
+    const int wide = at(gates[0]).n;
+    for (size_t e = 0; e < n; ++e) {
+      for (int m : {gates[e], ups[e]}) want(at(m).k == width(input) && at(m).n == wide, "experts: widths");
+      want(at(downs[e]).k == wide && at(downs[e]).n == width(output), "experts: widths");
+    }
+    want(top_k >= 1 && top_k <= width(logits), "experts: top_k");
+    want(logits != input && logits != output, "experts: registers");
+    add(ExpertsOp{input, logits, output, std::move(gates), std::move(ups), std::move(downs), top_k, normalized,
+                  activation_named(activation)});
   }
   void add_to(int input, int output) {
     want(width(input) == width(output), "add: widths");
@@ -227,6 +243,12 @@ class BoundExecutor {
   static void want(bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string(what) + " do not fit");
   }
+  static Activation activation_named(const std::string& name) {
+    if (name == "gelu_tanh") return Activation::gelu_tanh;
+    if (name == "relu2") return Activation::relu2;
+    want(name == "silu", "activation");
+    return Activation::silu;
+  }
   int width(int reg) const {
     want(reg >= 0 && reg < static_cast<int>(widths_.size()), "register ids");
     return widths_[reg];
@@ -294,6 +316,9 @@ void bind_executor(nb::module_& m) {
            nb::arg("output"), nb::arg("layer"), nb::arg("n_heads"), nb::arg("n_kv_heads"), nb::arg("head_width"),
            nb::arg("scale"), nb::arg("window"), nb::arg("softcap"))
       .def("gate", &BoundExecutor::gate, nb::arg("gate"), nb::arg("up"), nb::arg("output"), nb::arg("activation"))
+      .def("router", &BoundExecutor::router, nb::arg("input"), nb::arg("weight"), nb::arg("output"))
+      .def("experts", &BoundExecutor::experts, nb::arg("input"), nb::arg("logits"), nb::arg("output"), nb::arg("gates"),
+           nb::arg("ups"), nb::arg("downs"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("activation"))
       .def("add", &BoundExecutor::add_to, nb::arg("input"), nb::arg("output"))
       .def("head", &BoundExecutor::head, nb::arg("input"), nb::arg("matrix"), nb::arg("columns"), nb::arg("softcap"))
       .def("finish", &BoundExecutor::finish, nb::arg("lookup_rows"))

@@ -72,6 +72,15 @@ class BoundFloatKernels {
  public:
   explicit BoundFloatKernels(const std::string& isa) : kernels_(kernels_named(isa).floats) {}
 
+  nb::object dot(const ArrayIn<float, 2>& x, const ArrayIn<float, 2>& w) const {
+    want_shape("dot: w", w, {w.shape(0), x.shape(1)});
+    const size_t rows = x.shape(0), outputs = w.shape(0), width = x.shape(1);
+    auto y = std::make_unique_for_overwrite<float[]>(rows * outputs);
+    for (size_t r = 0; r < rows; ++r)
+      for (size_t n = 0; n < outputs; ++n)
+        y[r * outputs + n] = kernels_->dot(x.data() + r * width, w.data() + n * width, width);
+    return owned_array(std::move(y), {rows, outputs});
+  }
   nb::object rms_norm(const ArrayIn<float, 2>& x, const ArrayIn<float, 1>& w, float eps) const {
     want_shape("rms_norm: w", w, {x.shape(1)});
     auto y = std::make_unique<float[]>(x.size());
@@ -192,6 +201,7 @@ void bind_float_kernels(nb::module_& m) {
   using Bound = BoundFloatKernels;
   nb::class_<Bound>(m, "float_kernels", "The float kernels of one instruction-set level.")
       .def(nb::init<const std::string&>(), nb::arg("isa"))
+      .def("dot", &Bound::dot, nb::arg("x"), nb::arg("w"), "x [M, K], w [N, K] -> x @ w.T [M, N]")
       .def("rms_norm", &Bound::rms_norm, nb::arg("x"), nb::arg("w"), nb::arg("eps"), "x [M, K], w [K] -> y [M, K]")
       .def("rope", &Bound::rope, nb::arg("x").noconvert(), nb::arg("cos"), nb::arg("sin"),
            "x [H, D] in place; cos, sin [D / 2]")

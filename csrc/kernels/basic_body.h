@@ -10,28 +10,30 @@ namespace {
 // 8 sums hide the latency of fma (4 cycles, 2 a cycle) and, on one lane, keep the rounding error small.
 constexpr int kNormSums = 8;
 
-// Relative error of the factor below (width / (8 * kLanes) + 6) * 2^-24.
+// Wrong by at most (n / (8 * kLanes) + 6) * 2^-24 of the sum of |x[i] * w[i]|.
 template <class S>
-float rms_factor(const float* x, int width, float eps) {
+float dot(const float* x, const float* w, int64_t n) {
   using Float = typename S::Float;
   Float sums[kNormSums];
   for (int v = 0; v < kNormSums; ++v) sums[v] = S::zero();
-  int i = 0;
-  for (; i + kNormSums * S::kLanes <= width; i += kNormSums * S::kLanes) {
+  int64_t i = 0;
+  for (; i + kNormSums * S::kLanes <= n; i += kNormSums * S::kLanes) {
 #pragma GCC unroll 8
-    for (int v = 0; v < kNormSums; ++v) {
-      const Float a = S::load(x + i + v * S::kLanes);
-      sums[v] = S::fma(a, a, sums[v]);
-    }
+    for (int v = 0; v < kNormSums; ++v)
+      sums[v] = S::fma(S::load(x + i + v * S::kLanes), S::load(w + i + v * S::kLanes), sums[v]);
   }
-  for_vectors<S>(width - i, [&](int64_t j, auto memory) {
-    const Float a = memory.load(x + i + j);
+  for_vectors<S>(n - i, [&](int64_t j, auto memory) {
     Float& sum = sums[j / S::kLanes];
-    sum = S::fma(a, a, sum);
+    sum = S::fma(memory.load(x + i + j), memory.load(w + i + j), sum);
   });
   for (int half = kNormSums / 2; half > 0; half /= 2)
     for (int v = 0; v < half; ++v) sums[v] = S::add(sums[v], sums[v + half]);
-  const float mean = S::sum(sums[0]) / static_cast<float>(width);
+  return S::sum(sums[0]);
+}
+
+template <class S>
+float rms_factor(const float* x, int width, float eps) {
+  const float mean = dot<S>(x, x, width) / static_cast<float>(width);
   return 1.0f / __builtin_sqrtf(mean + eps);
 }
 

@@ -18,6 +18,8 @@ struct FloatKernels {
   // w for n values of it. y may equal x.
   float (*rms_factor)(const float* x, int width, float eps);
   void (*rms_scale)(const float* x, const float* w, float factor, float* y, int64_t n);
+  // The sum of x * w over n values.
+  float (*dot)(const float* x, const float* w, int64_t n);
   // In place on n_heads heads of `width`: channel i turns with i + width/2. cos, sin: [width/2].
   void (*rope)(float* x, const float* cos, const float* sin, int width, int n_heads);
   // y = activation(gate) * up, n values. y may equal gate or up.

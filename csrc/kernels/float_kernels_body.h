@@ -29,9 +29,9 @@ namespace {
 
 template <class S>
 constexpr FloatKernels float_kernels() {
-  return {rms_factor<S>, rms_scale<S>,   rope<S>,         gate<S>,        add<S>,
-          scale<S>,      softcap<S>,     to_f16<S>,       from_f16<S>,    cache_write<S>,
-          block_peaks<S>, masses<S>,     block_masses<S>, attention<S>,   attention_span<S>,
+  return {rms_factor<S>,   rms_scale<S>,      dot<S>,        rope<S>,     gate<S>,        add<S>,
+          scale<S>,        softcap<S>,        to_f16<S>,     from_f16<S>, cache_write<S>, block_peaks<S>,
+          masses<S>,       block_masses<S>,   attention<S>,  attention_span<S>,
           attention_merge<S>};
 }
 

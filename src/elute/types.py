@@ -146,4 +146,5 @@ class WeightSource(Protocol):
     def matrix(self, name: str) -> PackedMatrix:
         """At least OVER_READ readable bytes follow the planes."""
 
-    def vector(self, name: str) -> F32: ...
+    def vector(self, name: str) -> F32:
+        """[L], or [N, K] of a matrix that is kept as floats."""

@@ -73,6 +73,62 @@ def random_weights(architecture: str, *, biases: tuple[str, ...] = ()) -> dict[s
     return {name: rng.standard_normal(shape).astype(np.float32) for name, shape in shapes.items()}
 
 
+EXPERTS, EXPERT_WIDTH = 6, 32
+# model_type: the file's architecture; the block, gate, up, down; the experts' width
+MIXTURES = {
+    "mixtral": ("llama", "block_sparse_moe", "w1", "w3", "w2", FFN),
+    "qwen3_moe": ("qwen3moe", "mlp", "gate_proj", "up_proj", "down_proj", EXPERT_WIDTH),
+    "olmoe": ("olmoe", "mlp", "gate_proj", "up_proj", "down_proj", FFN),
+}
+
+
+def random_mixture(model_type: str) -> dict[str, np.ndarray]:
+    """Hugging Face names to f32 weights of a model of experts."""
+    rng = np.random.default_rng(7)
+    _, block, gate, up, down, width = MIXTURES[model_type]
+    weights = {
+        name: weight for name, weight in random_weights("llama").items() if ".mlp." not in name
+    }
+    for layer in range(LAYERS):
+        at = f"model.layers.{layer}."
+        shapes: dict[str, tuple[int, ...]] = {f"{block}.gate": (EXPERTS, HIDDEN)}
+        if model_type != "mixtral":
+            whole = model_type == "olmoe"
+            shapes["self_attn.q_norm"] = (HEADS * WIDTH if whole else WIDTH,)
+            shapes["self_attn.k_norm"] = (KV_HEADS * WIDTH if whole else WIDTH,)
+        for expert in range(EXPERTS):
+            for name in (gate, up):
+                shapes[f"{block}.experts.{expert}.{name}"] = (width, HIDDEN)
+            shapes[f"{block}.experts.{expert}.{down}"] = (HIDDEN, width)
+        for name, shape in shapes.items():
+            weights[f"{at}{name}.weight"] = rng.standard_normal(shape).astype(np.float32)
+    return weights
+
+
+def write_mixture(
+    path: Path, model_type: str, *, keys: Mapping[str, Any] | None = None, **options: Any
+) -> Path:
+    """A file of random_mixture, each kind of matrix of a layer's experts in one tensor."""
+    architecture, block, gate, up, down, _ = MIXTURES[model_type]
+    weights = random_mixture(model_type)
+    dense = {name: weight for name, weight in weights.items() if f".{block}." not in name}
+    raw: dict[str, tuple[np.ndarray, T]] = {}
+    for layer in range(LAYERS):
+        at, to = f"model.layers.{layer}.{block}.", f"blk.{layer}."
+        raw[f"{to}ffn_gate_inp.weight"] = (weights[f"{at}gate.weight"], T.F32)
+        for stem, name in (("gate", gate), ("up", up), ("down", down)):
+            each = [weights[f"{at}experts.{expert}.{name}.weight"] for expert in range(EXPERTS)]
+            tensor = f"{to}ffn_{stem}_exps.weight"
+            kind = options.get("types", {}).get(tensor, T.F32)
+            raw[tensor] = (gguf.quants.quantize(np.stack(each), kind), kind)
+    at = f"{architecture}."
+    found = {at + "expert_count": EXPERTS, at + "expert_used_count": 2}
+    if model_type == "qwen3_moe":
+        found[at + "expert_feed_forward_length"] = EXPERT_WIDTH
+    options["raw"] = raw | options.get("raw", {})
+    return write_gguf(path, architecture, dense, keys=found | dict(keys or {}), **options)
+
+
 def to_gguf(architecture: str, name: str, weights: np.ndarray) -> tuple[str, np.ndarray]:
     """What llama.cpp's converter makes of a Hugging Face tensor."""
     top = {

@@ -285,11 +285,16 @@ BAD: dict[str, tuple[dict[str, object], type[Exception], str]] = {
     "architecture": (
         {"keys": {"general.architecture": "mamba"}},
         UnsupportedError,
-        "found 'mamba', wanted one of llama, qwen2, qwen3, gemma3, bitnet, bitnet-b1.58, bitnet-25",
+        "found 'mamba', wanted one of llama, qwen2, qwen3, qwen3moe, olmoe, gemma3, bitnet, "
+        "bitnet-b1.58, bitnet-25",
     ),
     "projector": ({"keys": {"general.type": "mmproj"}}, UnsupportedError, "wanted 'model'"),
     "split": ({"keys": {"split.count": 3}}, UnsupportedError, "found 3 parts, wanted one file"),
-    "experts": ({"keys": {"llama.expert_count": 8}}, UnsupportedError, "found 8 experts a layer"),
+    "experts": (
+        {"keys": {"qwen3.expert_count": 8}, "file_architecture": "qwen3"},
+        UnsupportedError,
+        "found 8 experts a layer in a qwen3 model",
+    ),
     "no layers": (
         {"keys": {"llama.block_count": None}},
         FormatError,

@@ -204,12 +204,26 @@ def test_pieces_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         assert not list(tmp_path.iterdir())
 
 
-def test_a_vector_of_two_dimensions_is_refused(tmp_path: Path) -> None:
+@pytest.mark.parametrize("shape", [(), (0,), (2, 0), (2, 3, 4)])
+def test_floats_of_other_ranks_and_no_floats_are_refused(
+    shape: tuple[int, ...], tmp_path: Path
+) -> None:
     with (
-        pytest.raises(ShapeError, match=r"v: found shape \(2, 3\)"),
+        pytest.raises(ShapeError, match=r"v: found shape .*, wanted \[L\] or \[N, K\]"),
         writer(tmp_path / "model", ["v"]) as packed,
     ):
-        packed.add_vector("v", np.zeros((2, 3), np.float32))
+        packed.add_vector("v", np.zeros(shape, np.float32))
+
+
+def test_a_matrix_of_floats_comes_back_as_it_was(tmp_path: Path) -> None:
+    values = np.random.default_rng(0).standard_normal((3, 1030)).astype(np.float32)
+    with writer(tmp_path / "model", ["v"]) as packed:
+        packed.add_vector("v", values)
+    model = PackedModel.open(tmp_path / "model")
+    assert np.array_equal(model.vector("v"), values)
+    assert model.nbytes == values.nbytes
+    with pytest.raises(FormatError, match="found no matrix 'v'"):
+        model.matrix("v")
 
 
 def test_names_that_collide_with_parts_are_refused(tmp_path: Path) -> None:
@@ -339,7 +353,8 @@ def test_a_damaged_manifest_never_crashes(
     try:
         model = PackedModel.open(small)
         for name, record in model.records.items():
-            model.matrix(name) if len(record.shape) == 2 else model.vector(name)
+            is_matrix = isinstance(record, packed_layout.MatrixRecord)
+            model.matrix(name) if is_matrix else model.vector(name)
     except EluteError:
         pass
 

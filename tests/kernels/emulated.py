@@ -129,6 +129,9 @@ class FloatKernels:
     def rms_norm(self, x, w, eps):
         return self._call("rms_norm", x, w, float(eps))[0]
 
+    def dot(self, x, w):
+        return self._call("dot", x, w)[0]
+
     def rope(self, x, cos, sin):
         x[...] = self._call("rope", x, cos, sin)[0]
 
@@ -212,6 +215,15 @@ class NativeExecutor:
 
     def gate(self, gate, up, output, activation):
         self._server.call("gate_op", gate, up, output, activation)
+
+    def router(self, input, weight, output):
+        self._server.call("router", input, output, weight)
+
+    def experts(self, input, logits, output, *arguments):
+        *matrices, top_k, normalized, activation = arguments
+        lists = [np.array(ids, np.int32) for ids in matrices]
+        numbers = top_k, int(normalized), activation
+        self._server.call("experts", input, logits, output, *lists, *numbers)
 
     def add(self, input, output):
         self._server.call("add_to", input, output)

@@ -61,7 +61,7 @@ def test_the_portable_level_is_right_on_a_cpu_without_dot_products(bits: int) ->
 
 
 @each_cpu
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "qwen3_moe"])
 @pytest.mark.parametrize("kernel", [Kernel.LOOKUP, Kernel.MULTIPLY])
 def test_a_model_runs_as_the_reference_does(
     cpu: str,

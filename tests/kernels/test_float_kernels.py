@@ -44,6 +44,16 @@ def test_rms_norm_is_within_its_bound(isa, width, rng):
 
 
 @each_isa
+@pytest.mark.parametrize("width", [*LENGTHS, 4097])
+def test_dot_is_within_its_bound(isa, width, rng):
+    x = rng.normal(size=(2, width)).astype(np.float32) * np.array([[1], [300]], np.float32)
+    w = rng.normal(size=(3, width)).astype(np.float32)
+    y = levels.float_kernels(isa).dot(x, w)
+    wide = x.astype(np.float64)[:, None] * w.astype(np.float64)
+    assert_within(y, wide.sum(axis=-1), (width / 8 + 6) * ROUNDING * np.abs(wide).sum(axis=-1))
+
+
+@each_isa
 @pytest.mark.parametrize("width", [2, 6, 16, 30, 32, 34, 64, 66, 80, 128])
 def test_rope_rounds_each_operation_once(isa, width, rng):
     x = rng.normal(size=(3, width)).astype(np.float32)

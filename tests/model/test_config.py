@@ -87,6 +87,20 @@ BAD: dict[str, tuple[str, dict[str, Any], str]] = {
     "scalar": ("gemma3_text", {"query_pre_attn_scalar": -1}, "query_pre_attn_scalar is -1, wanted"),
     "softcap": ("gemma3_text", {"final_logit_softcapping": 0.0}, "final_logit_softcapping is 0.0"),
     "dtype": ("gemma3_text", {"dtype": 16}, "dtype is 16, wanted a string"),
+    "no experts": (
+        "mixtral",
+        {"num_local_experts": None},
+        "found no num_local_experts, wanted a w",
+    ),
+    "many experts": ("olmoe", {"num_experts": 40_000}, "wanted a whole number from 1 to 32768"),
+    "more picked": ("olmoe", {"num_experts_per_tok": 9}, "num_experts_per_tok is 9, wanted .* 8"),
+    "dense layers": (
+        "qwen3_moe",
+        {"mlp_only_layers": [-1]},
+        r"mlp_only_layers is \[-1\], wanted a",
+    ),
+    "no step": ("qwen3_moe", {"decoder_sparse_step": 0}, "decoder_sparse_step is 0, wanted a who"),
+    "norm of heads": ("olmoe", {"head_dim": 32}, r"head_dim is 128, wanted hidden_size \(64\)"),
     "wide": ("bitnet", {"head_dim": 32}, r"head_dim is 128, wanted hidden_size \(64\)"),
 }
 
@@ -102,8 +116,9 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
     "model type": (
         "llama",
         {"model_type": "mamba"},
-        "model_type is 'mamba', and elute runs bitnet, gemma3, gemma3_text, llama, mistral, qwen2, "
-        "qwen3; use",
+        "model_type is 'mamba', and elute runs bitnet, gemma3, gemma3_text, llama, mistral, "
+        "mixtral, olmoe, qwen2, "
+        "qwen3, qwen3_moe; use",
     ),
     "class": (
         "llama",
@@ -116,6 +131,8 @@ UNSUPPORTED: dict[str, tuple[str, dict[str, Any], str]] = {
         {"use_bidirectional_attention": True},
         "use_bidirectional_attention is true",
     ),
+    "clipped": ("olmoe", {"clip_qkv": 8.0}, "clip_qkv is 8.0, and elute runs queries, keys and va"),
+    "shared": ("qwen3_moe", {"n_shared_experts": 1}, "n_shared_experts is 1, and elute runs expe"),
     "rope": ("qwen2", {"rope_scaling": {"type": "dynamic", "factor": 2}}, "rope_type is 'dynamic'"),
 }
 

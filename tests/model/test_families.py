@@ -101,6 +101,23 @@ VARIANTS = [
     ),
     Variant("bitnet", "bitnet"),
     Variant("bitnet-tied", "bitnet", {"tie_word_embeddings": True}),
+    Variant("mixtral", "mixtral"),
+    Variant("mixtral-sliding", "mixtral", {"sliding_window": 6}),
+    Variant("mixtral-tied", "mixtral", {"tie_word_embeddings": True}),
+    Variant("mixtral-one-expert", "mixtral", {"num_local_experts": 1, "num_experts_per_tok": 1}),
+    Variant("mixtral-all-experts", "mixtral", {"num_experts_per_tok": 8}),
+    Variant("qwen3-moe", "qwen3_moe"),
+    Variant("qwen3-moe-shares-of-all", "qwen3_moe", {"norm_topk_prob": False}),
+    Variant("qwen3-moe-every-second", "qwen3_moe", {"decoder_sparse_step": 2}),
+    Variant("qwen3-moe-all-dense", "qwen3_moe", {"mlp_only_layers": [0, 1, 2]}),
+    Variant(
+        "qwen3-moe-sliding",
+        "qwen3_moe",
+        {"use_sliding_window": True, "sliding_window": 6, "attention_bias": True},
+    ),
+    Variant("olmoe", "olmoe"),
+    Variant("olmoe-normalized", "olmoe", {"norm_topk_prob": True, "attention_bias": True}),
+    Variant("olmoe-every-head-its-own-kv", "olmoe", {"num_key_value_heads": None}),
 ]
 
 

@@ -8,7 +8,14 @@ from pathlib import Path
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
-from tiny import FAMILIES, save_tiny_checkpoint, tiny_checkpoint
+from tiny import (
+    FAMILIES,
+    MIXTURES,
+    config_and_weights,
+    save_tiny_checkpoint,
+    tiny_checkpoint,
+    tiny_model,
+)
 
 
 @pytest.mark.parametrize("family", FAMILIES)
@@ -20,10 +27,23 @@ def test_saved_checkpoint_opens_in_transformers(family: str, tmp_path: Path) -> 
     assert json.loads((folder / "config.json").read_text()) == config
     on_disk = load_file(folder / "model.safetensors")
     assert on_disk.keys() == weights.keys()
-    opened = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    opened = config_and_weights(AutoModelForCausalLM.from_pretrained(folder))[1]
     for name, weight in weights.items():
         assert (on_disk[name] == weight).all(), name
-        assert (opened[name].numpy() == weight).all(), name
+        assert (opened[name] == weight).all(), name
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_experts_have_the_names_under_which_transformers_saves_them(
+    family: str, tmp_path: Path
+) -> None:
+    model = tiny_model(family)
+    model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "model.safetensors")
+    weights = config_and_weights(model)[1]
+    assert saved.keys() == weights.keys()
+    for name, weight in weights.items():
+        assert (saved[name] == weight).all(), name
 
 
 def test_tokenizer_is_lossless_and_chats(tmp_path: Path) -> None:

@@ -7,6 +7,7 @@ model whose norms are all one and whose biases are all zero would hide one that 
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -48,7 +49,20 @@ _FAMILIES: dict[str, dict[str, Any]] = {
         "sliding_window_pattern": 2,
     },
     "bitnet": {},
+    "mixtral": {"num_local_experts": 8, "num_experts_per_tok": 2},
+    "qwen3_moe": {
+        "num_hidden_layers": 3,
+        "head_dim": 32,
+        "num_experts": 8,
+        "num_experts_per_tok": 3,
+        "moe_intermediate_size": 32,
+        "norm_topk_prob": True,
+        "mlp_only_layers": [1],
+    },
+    "olmoe": {"num_experts": 8, "num_experts_per_tok": 3},
 }
+PROJECTIONS = ("gate_proj", "up_proj", "down_proj")
+MIXTURES = ("mixtral", "qwen3_moe", "olmoe")
 FAMILIES = tuple(_FAMILIES)
 
 
@@ -73,8 +87,8 @@ def tiny_model(family: str, *, seed: int = 0, **overrides: Any) -> Any:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             noise = torch.randn(parameter.shape, generator=generator)
-            if parameter.ndim == 2:
-                parameter.copy_(noise * (1.5 / parameter.shape[1] ** 0.5))
+            if parameter.ndim >= 2:
+                parameter.copy_(noise * (1.5 / parameter.shape[-1] ** 0.5))
             elif name.endswith("bias"):
                 parameter.copy_(noise * 0.3)
             else:
@@ -86,10 +100,28 @@ def config_and_weights(model: Any) -> tuple[dict[str, Any], dict[str, F32]]:
     """config.json and the tensors that its checkpoint holds: no lm_head where it is tied."""
     config = json.loads(model.config.to_json_string(use_diff=False))
     config["architectures"] = [type(model).__name__]
-    weights = {name: tensor.numpy() for name, tensor in model.state_dict().items()}
+    weights = dict(_as_saved(config["model_type"], model.state_dict()))
     if config["tie_word_embeddings"]:
         del weights["lm_head.weight"]
     return config, weights
+
+
+def _as_saved(family: str, state: Any) -> Iterator[tuple[str, F32]]:
+    """transformers holds a layer's experts in two tensors and writes each expert's three."""
+    for name, tensor in state.items():
+        weight = tensor.numpy()
+        if family == "mixtral":
+            name = name.replace(".mlp.", ".block_sparse_moe.")
+        gate, up, down = ("w1", "w3", "w2") if family == "mixtral" else PROJECTIONS
+        path, _, last = name.rpartition(".")
+        for expert in range(len(weight) if path.endswith(".experts") else 0):
+            if last == "down_proj":
+                yield f"{path}.{expert}.{down}.weight", weight[expert]
+            else:
+                yield f"{path}.{expert}.{gate}.weight", weight[expert, : weight.shape[1] // 2]
+                yield f"{path}.{expert}.{up}.weight", weight[expert, weight.shape[1] // 2 :]
+        if not path.endswith(".experts"):
+            yield name, weight
 
 
 def tiny_checkpoint(

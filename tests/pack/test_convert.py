@@ -88,6 +88,16 @@ def test_only_wanted_tensors_are_written_in_their_order(tmp_path: Path) -> None:
     assert model.names == (HEAD, EMBEDDING)
 
 
+def test_matrices_that_stay_floats_do_whatever_the_recipe_says(tmp_path: Path) -> None:
+    codes = random_matrix(8, 64, bits=8, group_size=64, affine=Affine.SYMMETRIC, seed=1)
+    tensors = {"a.weight": floats(8, 62), "b.weight": codes, "c.weight": floats(8, 64)}
+    checkpoint = MemoryCheckpoint(tensors)
+    model = convert(checkpoint, tmp_path / "out", Recipe.default(), floats=("a.weight", "b.weight"))
+    assert np.array_equal(model.vector("a.weight"), tensors["a.weight"])
+    assert np.array_equal(model.vector("b.weight"), codes.dequantize())
+    assert model.matrix("c.weight").bits == 4
+
+
 def test_missing_tensors_are_listed(tmp_path: Path) -> None:
     wanted = ["a.weight", EMBEDDING, "b.weight"]
     with pytest.raises(FormatError, match=r"memory: found no a.weight, b.weight; wanted by"):

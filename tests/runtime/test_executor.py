@@ -8,18 +8,19 @@ import resource
 import signal
 import threading
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
-from tiny import FAMILIES, tiny_checkpoint
+from tiny import FAMILIES, MIXTURES, tiny_checkpoint
 
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
 from elute.kernels.kv_cache import CacheType
 from elute.kernels.lut_matmul import reference as lut_matmul
 from elute.kernels.registry import Kernel
 from elute.model.families import op_list
-from elute.model.ops import OpList
+from elute.model.ops import Experts, OpList, Router
 from elute.model.reference import ReferenceExecutor
 from elute.pack import quads
 from elute.quantize.rtn import quantize
@@ -139,7 +140,7 @@ def test_act_order_columns_gather_their_inputs(made: Callable[..., Made]) -> Non
 
 
 @pytest.mark.parametrize("isa", isas())
-@pytest.mark.parametrize("family", ["llama", "gemma3_text"])
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", *MIXTURES])
 @pytest.mark.parametrize("cache_type", CacheType)
 def test_cuts_and_threads_do_not_change_a_bit(
     isa: str, family: str, cache_type: CacheType, made: Callable[..., Made]
@@ -165,8 +166,9 @@ def test_cuts_and_threads_do_not_change_a_bit(
 
 
 @pytest.mark.parametrize("isa", isas())
-def test_the_kernel_does_not_change_a_bit(isa: str, made: Callable[..., Made]) -> None:
-    ops, source, _ = made("llama", max_position_embeddings=400)
+@pytest.mark.parametrize("family", ["llama", "olmoe"])
+def test_the_kernel_does_not_change_a_bit(isa: str, family: str, made: Callable[..., Made]) -> None:
+    ops, source, _ = made(family, max_position_embeddings=400)
     tokens = some_tokens(60, ops.vocabulary)
     whole = Executor(ops, source, isa=isa, n_threads=2).forward(tokens, 0, all_logits=True)
     for kernel in Kernel:
@@ -181,7 +183,13 @@ def test_the_kernel_does_not_change_a_bit(isa: str, made: Callable[..., Made]) -
 
 @pytest.mark.parametrize(
     ("family", "columns"),
-    [("llama", False), ("llama", True), ("qwen3", False), ("gemma3_text", False)],
+    [
+        ("llama", False),
+        ("llama", True),
+        ("qwen3", False),
+        ("gemma3_text", False),
+        ("olmoe", False),
+    ],
 )
 def test_rows_that_threads_share_by_channels_are_the_same(
     family: str, columns: bool, made: Callable[..., Made]
@@ -203,6 +211,64 @@ def test_rows_that_threads_share_by_channels_are_the_same(
         for at in range(tokens.size):
             got = executor.forward(tokens[at : at + 1], at)
             assert np.array_equal(got, whole[at : at + 1]), (n_threads, at)
+
+
+def with_routers(made: Made, weight: float) -> Made:
+    """The model with every router's weights replaced: all experts have the same logit."""
+    ops, source, floats = made
+    routers = {op.weight for op in ops.ops if isinstance(op, Router)}
+    assert routers
+    equal = {name: np.full_like(floats[name], weight) for name in routers}
+    other = copy.copy(source)
+    other._vectors = source._vectors | equal
+    return ops, other, floats | equal
+
+
+@pytest.mark.parametrize("family", MIXTURES)
+def test_equal_logits_pick_the_experts_of_the_lowest_index(
+    family: str, made: Callable[..., Made]
+) -> None:
+    model = ops, source, _ = with_routers(made(family), 0.01)
+    tokens = some_tokens(24, ops.vocabulary)
+    got = Executor(ops, source).forward(tokens, 0, all_logits=True)
+    check_against_reference(got, reference(model, tokens))
+    spoilt = copy.copy(source)
+    spoilt._packed = dict(source._packed)
+    for op in ops.ops:
+        if isinstance(op, Experts):
+            for name in (*op.gates[op.top_k :], *op.ups[op.top_k :], *op.downs[op.top_k :]):
+                packed = source.matrix(name)
+                spoilt._packed[name] = replace(packed, scales=np.full_like(packed.scales, np.nan))
+    again = Executor(ops, spoilt).forward(tokens, 0, all_logits=True)
+    assert np.array_equal(again, got)  # nothing of the others is computed with
+
+
+@pytest.mark.parametrize("isa", isas())
+@pytest.mark.parametrize("top_k", [1, 8])
+def test_all_rows_of_a_chunk_may_go_to_the_same_experts(
+    isa: str, top_k: int, made: Callable[..., Made]
+) -> None:
+    model = made("olmoe", num_experts_per_tok=top_k, max_position_embeddings=400)
+    ops, source, _ = with_routers(model, 0.0)
+    tokens = some_tokens(CHUNK + 10, ops.vocabulary)
+    whole = Executor(ops, source, isa=isa, n_threads=3).forward(tokens, 0, all_logits=True)
+    one = Executor(ops, source, isa=isa, n_threads=1)
+    at = 0
+    for n in (1, 1, 2, 5, 6, 7, 40, CHUNK - 52):
+        part = one.forward(tokens[at : at + n], at, all_logits=True)
+        assert np.array_equal(part, whole[at : at + n]), n
+        at += n
+
+
+def test_act_order_in_experts_is_refused(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("mixtral")
+    name = next(op for op in ops.ops if isinstance(op, Experts)).ups[1]
+    other = copy.copy(source)
+    packed = source.matrix(name)
+    order = np.arange(packed.shape[1], dtype=np.int32)[::-1].copy()
+    other._packed = source._packed | {name: replace(packed, columns=order)}
+    with pytest.raises(UnsupportedError, match=rf"{name}: an expert with reordered columns"):
+        Executor(ops, other)
 
 
 def test_the_last_logits_are_the_same_alone(made: Callable[..., Made]) -> None:

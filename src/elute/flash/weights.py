@@ -97,7 +97,7 @@ class FlashWeights:
         )
 
     def vector(self, name: str) -> F32:
-        values: F32 = self._array(name)
+        values: F32 = self._array(name).reshape(self._packed.records[name].shape)
         return values
 
     def attach(self, native: _native.Executor, names: Sequence[str]) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -159,23 +160,24 @@ def _matched(
     if "elute_rope_frequency_factors" in config:
         del left[ROPE_FREQS]
     for expected in expected_tensors(architecture, config):
-        info = left.pop(expected.gguf_name, None)
+        info = header.tensors.get(expected.gguf_name)
+        left.pop(expected.gguf_name, None)
         if info is None:
             raise FormatError(
                 f"{header.path}: tensor {expected.gguf_name!r}: found nothing, wanted shape "
-                f"{list(expected.shape)}; {AGAIN}"
+                f"{list(expected.stored_shape)}; {AGAIN}"
             )
-        if info.shape != expected.shape:
+        if info.shape != expected.stored_shape:
             raise FormatError(
                 f"{header.path}: tensor {expected.gguf_name!r}: found shape {list(info.shape)}, "
-                f"wanted {list(expected.shape)} by the metadata; {AGAIN}"
+                f"wanted {list(expected.stored_shape)} by the metadata; {AGAIN}"
             )
         if info.type not in _FLOATS and not is_dequantizable(info.type):
             raise UnsupportedError(
                 f"{header.path}: tensor {expected.gguf_name!r}: found type {info.type.name}, "
                 "wanted one that the gguf library can dequantize; quantize to another type"
             )
-        matched[expected.name] = (expected, info)
+        matched[expected.name] = (expected, _part(info, expected))
     for name in left:
         if name.endswith(".attn_rot_embd.weight"):
             continue  # inverse frequencies in early files; they follow from rope.freq_base
@@ -185,6 +187,15 @@ def _matched(
             "with; use another model"
         )
     return matched
+
+
+def _part(info: TensorInfo, expected: ExpectedTensor) -> TensorInfo:
+    """Where the part lies: experts are behind one another, each in whole rows of whole blocks."""
+    if expected.part is None:
+        return info
+    n_bytes = info.n_bytes // expected.parts
+    at = info.offset + expected.part * n_bytes
+    return replace(info, shape=expected.shape, offset=at, n_bytes=n_bytes)
 
 
 def _rope_factors(header: GgufHeader, data: U8) -> list[float]:

@@ -20,7 +20,7 @@ import numpy as np
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.gguf_header import AGAIN, GgufHeader, show
-from elute.formats.gguf_names import ARCHITECTURES, Architecture
+from elute.formats.gguf_names import ARCHITECTURES, EXPERTS, Architecture
 
 logger = logging.getLogger(__name__)
 
@@ -28,6 +28,7 @@ MAX_SIZE = 1 << 31  # of any dimension or count
 GEMMA3_PERIOD = 6  # five sliding layers, then a full one; in the file only where it differs
 GEMMA3_LOCAL_BASE = 10000.0
 GEMMA3_27B_LAYERS = 62  # the one size that scales attention by hidden_size / heads, not head_dim
+SOFTMAX_GATING = 1  # of llama.cpp's gating functions; the key is absent where it is this one
 _REQUIRED = object()
 
 
@@ -178,12 +179,7 @@ def read_config(
         raise keys.error(
             "attention.head_count_kv", config["num_key_value_heads"], f"a divisor of {heads} heads"
         )
-    experts = keys.integer("expert_count", 0, at_least=0)
-    if experts:
-        raise UnsupportedError(
-            f"{header.path}: found {experts} experts a layer, wanted a dense model; use a model "
-            "without experts"
-        )
+    config |= _experts(header, keys, config)
     scaling = _rope_scaling(header, keys, config["max_position_embeddings"])
     if scaling is not None:
         config["rope_scaling"] = scaling
@@ -191,10 +187,10 @@ def read_config(
     if architecture.model_type == "gemma3_text":
         config |= _gemma3(keys, config)
         return config
-    if architecture.model_type == "llama":
+    if config["model_type"] == "llama":
         config["mlp_bias"] = "blk.0.ffn_gate.bias" in tensors
-        if "rope_freqs.weight" in tensors:
-            config["elute_rope_frequency_factors"] = list(read_factors())
+    if architecture.model_type == "llama" and "rope_freqs.weight" in tensors:
+        config["elute_rope_frequency_factors"] = list(read_factors())
     if architecture.model_type == "bitnet":
         config["hidden_act"] = _bitnet_activation(header)
     window = keys.integer("attention.sliding_window", 0, at_least=0)
@@ -203,11 +199,52 @@ def read_config(
     return config
 
 
+def _experts(header: GgufHeader, keys: _Keys, config: Mapping[str, Any]) -> dict[str, Any]:
+    """The keys of a mixture of experts. Hugging Face calls a llama with experts mixtral."""
+    model_type = config["model_type"]
+    if model_type in EXPERTS:
+        count = keys.integer("expert_count")
+    else:
+        count = keys.integer("expert_count", 0, at_least=0)
+    if not count:
+        return {}
+    for key, plain in (
+        ("expert_shared_count", (0,)),
+        ("expert_gating_func", (SOFTMAX_GATING,)),
+        ("expert_weights_scale", (0.0, 1.0)),  # both mean none
+    ):
+        found = keys.number(key, plain[0], positive=False)
+        if found not in plain:
+            raise UnsupportedError(
+                f"{header.path}: key {keys.full(key)!r}: found {found:g}, wanted {plain[-1]:g}: "
+                "experts that all tokens share, and shares other than softmax's, are not "
+                "implemented; use another model"
+            )
+    if model_type not in EXPERTS and (model_type != "llama" or config["attention_bias"]):
+        raise UnsupportedError(
+            f"{header.path}: found {count} experts a layer in a {model_type} model"
+            f"{' with biases' if model_type == 'llama' else ''}, wanted none; use another model"
+        )
+    known: dict[str, Any] = {"num_experts_per_tok": keys.integer("expert_used_count")}
+    if known["num_experts_per_tok"] > count:
+        raise keys.error("expert_used_count", known["num_experts_per_tok"], f"at most {count}")
+    width = keys.integer("expert_feed_forward_length", config["intermediate_size"])
+    if model_type == "llama":
+        known |= {"model_type": "mixtral", "architectures": ["MixtralForCausalLM"]}
+    else:
+        # llama.cpp knows it from the architecture, and writes no key.
+        known["norm_topk_prob"] = model_type == "qwen3_moe"
+    names = EXPERTS[known.get("model_type", model_type)]
+    return known | {names.count: count, names.width: width}
+
+
 def _window(header: GgufHeader, config: Mapping[str, Any], window: int) -> dict[str, Any]:
     """The keys that make every layer slide. Hugging Face calls a llama with a window mistral."""
+    if config["model_type"] in ("mixtral", "qwen3_moe"):
+        return {"sliding_window": window, "use_sliding_window": True}
     is_llama = config["model_type"] == "llama"
     has_bias = config["attention_bias"] or config.get("mlp_bias", False)
-    if config["model_type"] == "bitnet" or (is_llama and has_bias):
+    if config["model_type"] in ("bitnet", "olmoe") or (is_llama and has_bias):
         raise UnsupportedError(
             f"{header.path}: found a sliding window of {window} in a {config['model_type']} model "
             f"{'with biases' if is_llama else 'of any kind'}, wanted none; use another model"

@@ -1,6 +1,6 @@
 """Which tensors a GGUF architecture has, and what Hugging Face calls them. Knows no bytes.
 
-Source: llama.cpp, gguf-py/gguf/tensor_mapping.py and its converters of the five architectures.
+Source: llama.cpp, gguf-py/gguf/tensor_mapping.py and its converters of these architectures.
 """
 
 from __future__ import annotations
@@ -36,6 +36,35 @@ _FFN = ("ffn_gate", "ffn_up", "ffn_down")
 
 
 @dataclass(frozen=True)
+class ExpertNames:
+    """Of the experts of a layer, in Hugging Face's convention; GGUF has one tensor for all gates.
+
+    count, width    config keys
+    """
+
+    block: str
+    gate: str
+    up: str
+    down: str
+    count: str
+    width: str
+
+
+# By the model_type of the config: a llama with experts is a mixtral.
+EXPERTS: Mapping[str, ExpertNames] = {
+    "mixtral": ExpertNames(
+        "block_sparse_moe", "w1", "w3", "w2", "num_local_experts", "intermediate_size"
+    ),
+    "qwen3_moe": ExpertNames(
+        "mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "moe_intermediate_size"
+    ),
+    "olmoe": ExpertNames(
+        "mlp", "gate_proj", "up_proj", "down_proj", "num_experts", "intermediate_size"
+    ),
+}
+
+
+@dataclass(frozen=True)
 class Architecture:
     """What distinguishes the GGUF tensors of an architecture.
 
@@ -43,6 +72,7 @@ class Architecture:
     attention_biases    matrices that have a bias where config["attention_bias"]
     is_interleaved      rows of q and k pair channel 2i with 2i + 1, not i with i + head_width / 2
     norm_offset         what the converter added to every norm weight
+    norms_all_heads     q and k norms are over all heads at once
     """
 
     model_type: str
@@ -53,6 +83,7 @@ class Architecture:
     attention_biases: tuple[str, ...] = _ATTENTION
     is_interleaved: bool = False
     norm_offset: float = 0.0
+    norms_all_heads: bool = False
 
 
 _BITNET = Architecture(
@@ -66,6 +97,19 @@ ARCHITECTURES: Mapping[str, Architecture] = {
     "qwen2": Architecture("qwen2", "Qwen2ForCausalLM", "silu", attention_biases=_ATTENTION[:3]),
     "qwen3": Architecture(
         "qwen3", "Qwen3ForCausalLM", "silu", norms=("attn_norm", "attn_q_norm", "attn_k_norm")
+    ),
+    "qwen3moe": Architecture(
+        "qwen3_moe",
+        "Qwen3MoeForCausalLM",
+        "silu",
+        norms=("attn_norm", "attn_q_norm", "attn_k_norm"),
+    ),
+    "olmoe": Architecture(
+        "olmoe",
+        "OlmoeForCausalLM",
+        "silu",
+        norms=("attn_norm", "attn_q_norm", "attn_k_norm"),
+        norms_all_heads=True,
     ),
     "gemma3": Architecture(
         "gemma3_text",
@@ -83,13 +127,23 @@ ARCHITECTURES: Mapping[str, Architecture] = {
 
 @dataclass(frozen=True)
 class ExpectedTensor:
-    """A tensor that the config calls for. rope_heads: heads of interleaved rows, 0 for none."""
+    """A tensor that the config calls for.
+
+    rope_heads  heads of interleaved rows, 0 for none
+    part, parts the GGUF tensor is [parts, *shape], and this is one of them; None: it is all of it
+    """
 
     gguf_name: str
     name: str
     shape: tuple[int, ...]
     is_norm: bool = False
     rope_heads: int = 0
+    part: int | None = None
+    parts: int = 1
+
+    @property
+    def stored_shape(self) -> tuple[int, ...]:
+        return self.shape if self.part is None else (self.parts, *self.shape)
 
 
 def expected_tensors(
@@ -105,6 +159,11 @@ def expected_tensors(
     rope_heads = {"attn_q": heads, "attn_k": kv_heads} if architecture.is_interleaved else {}
     vectors = {stem: _VECTORS[stem] for stem in architecture.norms}
     vectors["ffn_norm"] = (architecture.ffn_norm, "hidden_size")
+    if architecture.norms_all_heads:
+        vectors["attn_q_norm"] = ("self_attn.q_norm", "q")
+        vectors["attn_k_norm"] = ("self_attn.k_norm", "kv")
+    experts = EXPERTS.get(config["model_type"])
+    matrices = {k: v for k, v in _MATRICES.items() if experts is None or k not in _FFN}
     biases = architecture.attention_biases if config["attention_bias"] else ()
     biases += _FFN if config.get("mlp_bias") else ()
 
@@ -117,7 +176,7 @@ def expected_tensors(
             yield ExpectedTensor(
                 f"{theirs}{stem}.weight", f"{ours}{name}.weight", (sizes[size],), is_norm=True
             )
-        for stem, (name, n, k) in _MATRICES.items():
+        for stem, (name, n, k) in matrices.items():
             of_rope = rope_heads.get(stem, 0)
             yield ExpectedTensor(
                 f"{theirs}{stem}.weight",
@@ -129,9 +188,32 @@ def expected_tensors(
                 yield ExpectedTensor(
                     f"{theirs}{stem}.bias", f"{ours}{name}.bias", (sizes[n],), rope_heads=of_rope
                 )
+        if experts is not None:
+            yield from _expected_experts(experts, config, ours, theirs)
     yield ExpectedTensor("output_norm.weight", "model.norm.weight", (hidden,), is_norm=True)
     if not config["tie_word_embeddings"]:
         yield ExpectedTensor("output.weight", "lm_head.weight", (config["vocab_size"], hidden))
+
+
+def _expected_experts(
+    names: ExpertNames, config: Mapping[str, Any], ours: str, theirs: str
+) -> Iterator[ExpectedTensor]:
+    hidden, width, count = config["hidden_size"], config[names.width], config[names.count]
+    path = f"{ours}{names.block}"
+    yield ExpectedTensor(f"{theirs}ffn_gate_inp.weight", f"{path}.gate.weight", (count, hidden))
+    for expert in range(count):
+        for stem, name, shape in (
+            ("ffn_gate_exps", names.gate, (width, hidden)),
+            ("ffn_up_exps", names.up, (width, hidden)),
+            ("ffn_down_exps", names.down, (hidden, width)),
+        ):
+            yield ExpectedTensor(
+                f"{theirs}{stem}.weight",
+                f"{path}.experts.{expert}.{name}.weight",
+                shape,
+                part=expert,
+                parts=count,
+            )
 
 
 def half_split_rows(n_rows: int, n_heads: int) -> npt.NDArray[np.intp]:

@@ -137,12 +137,12 @@ class PackedModel:
         )
 
     def vector(self, name: str) -> F32:
-        """A view f32 [L] of the mapped file. Raises FormatError when there is no such vector."""
+        """A view f32 [L] or [N, K] of the mapped file. Raises FormatError when there is none."""
         record = self.records.get(name)
         if not isinstance(record, VectorRecord):
             raise FormatError(f"{self.path}: found no vector {name!r}; {_CONVERT}")
         (part,) = record.parts()
-        values: F32 = self._part(name, part)
+        values: F32 = self._part(name, part).reshape(record.shape)
         return values
 
     @cached_property

@@ -5,6 +5,7 @@ docs/packed-format.md is the specification.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -105,13 +106,13 @@ class MatrixRecord:
 
 @dataclass(frozen=True)
 class VectorRecord:
-    """What elute.json says of a vector of f32."""
+    """What elute.json says of f32 values: a vector [L], or a matrix [N, K] kept as it is."""
 
-    shape: tuple[int]
+    shape: tuple[int, ...]
     file: str
 
     def parts(self) -> Iterator[Part]:
-        yield Part("", "F32", 4, self.shape[0] * 4)
+        yield Part("", "F32", 4, math.prod(self.shape) * 4)
 
     def to_json(self) -> dict[str, Any]:
         return {"shape": list(self.shape), "file": self.file}
@@ -128,8 +129,8 @@ def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
         )
     sizes = [_integer(size, 1, _MAX_SIDE, where=f"{where}: shape") for size in shape]
     file = plain_name(fields.get("file"), where=where)
-    if len(sizes) == 1:
-        return VectorRecord(shape=(sizes[0],), file=file)
+    if len(sizes) == 1 or "bits" not in fields:
+        return VectorRecord(shape=tuple(sizes), file=file)
     n, k = sizes
     bits = _integer(fields.get("bits"), 1, 8, where=f"{where}: bits")
     group_size = _integer(fields.get("group_size"), 1, _MAX_SIDE, where=f"{where}: group_size")

@@ -135,10 +135,10 @@ class PackedWriter:
         self._records[name] = record
 
     def add_vector(self, name: str, values: F32) -> None:
-        """Writes f32 [L]. Raises ShapeError unless values is 1-D and not empty."""
-        if values.ndim != 1 or not values.size:
-            raise ShapeError(f"{name}: found shape {values.shape}, wanted one dimension [L]")
-        record = layout.VectorRecord(shape=(values.size,), file="")
+        """Writes f32 [L], or [N, K] as it is. Raises ShapeError for other ranks and no values."""
+        if values.ndim not in (1, 2) or not values.size:
+            raise ShapeError(f"{name}: found shape {values.shape}, wanted [L] or [N, K]")
+        record = layout.VectorRecord(shape=values.shape, file="")
         (part,) = record.parts()
         shard = self._shard_for(name, part.stored_bytes)
         with disk_errors(self._out):

@@ -86,6 +86,14 @@ class Config:
             raise self.wrong(key, wanted)
         return tuple(float(value) for value in values)
 
+    def indices(self, key: str) -> tuple[int, ...]:
+        """A list of whole numbers from 0; empty when the key is missing."""
+        wanted = "a list of whole numbers from 0"
+        values = self._list(key, wanted)
+        if not all(type(value) is int and value >= 0 for value in values):
+            raise self.wrong(key, wanted)
+        return tuple(values)
+
     def part(self, key: str) -> Config:
         """The object under `key`; empty when the key is missing."""
         value = self.values.get(key)

@@ -93,6 +93,44 @@ class Gate:
 
 
 @dataclass(frozen=True)
+class Router:
+    """output = input @ w.T, the logits of a layer's experts. Weights and product are f32: a small
+    error here is not a small error of the result, it is another expert."""
+
+    input: str
+    weight: str  # [n_experts, width of input]
+    output: str
+
+
+@dataclass(frozen=True)
+class Experts:
+    """output = sum over the top_k experts e of a row: share_e * down_e(activation(gate_e) * up_e).
+
+    The top_k have the largest logits, of equal ones those of the lower index. Shares are softmax
+    over all logits, divided by the sum of those picked where `normalized`. Added in ascending order
+    of experts. May be in place: output is input. What becomes of `logits` is undefined.
+
+    gates, ups  [expert] names of weights [width, width of input]; downs the other way round
+    """
+
+    input: str
+    logits: str
+    output: str
+    gates: tuple[str, ...]
+    ups: tuple[str, ...]
+    downs: tuple[str, ...]
+    width: int
+    top_k: int
+    normalized: bool
+    activation: Activation
+
+    def matrices(self) -> tuple[str, ...]:
+        """Expert by expert: gate, up, down."""
+        by_expert = zip(self.gates, self.ups, self.downs, strict=True)
+        return tuple(name for names in by_expert for name in names)
+
+
+@dataclass(frozen=True)
 class Add:
     """output += input"""
 
@@ -109,7 +147,7 @@ class Head:
     softcap: float | None = None
 
 
-Op = Embed | RmsNorm | Linear | Rope | Attention | Gate | Add | Head
+Op = Embed | RmsNorm | Linear | Rope | Attention | Gate | Router | Experts | Add | Head
 
 
 @dataclass(frozen=True, eq=False)
@@ -132,20 +170,22 @@ class OpList:
     rope_tables: Mapping[str, RopeTable] = field(default_factory=dict)
 
     def matrices(self) -> tuple[str, ...]:
-        """Names of the 2-D weights, each once, in order of first use."""
+        """Names of the weights that are stored as codes, each once, in order of first use."""
         names: dict[str, None] = {}
         for op in self.ops:
             if isinstance(op, Embed | Head):
                 names[op.weight] = None
             elif isinstance(op, Linear):
                 names.update(dict.fromkeys(op.weights))
+            elif isinstance(op, Experts):
+                names.update(dict.fromkeys(op.matrices()))
         return tuple(names)
 
     def vectors(self) -> tuple[str, ...]:
-        """Names of the 1-D weights (norms and biases), each once."""
+        """Names of the weights that stay f32, each once: norms and biases, [N], routers [N, K]."""
         names: dict[str, None] = {}
         for op in self.ops:
-            if isinstance(op, RmsNorm):
+            if isinstance(op, RmsNorm | Router):
                 names[op.weight] = None
             elif isinstance(op, Linear):
                 names.update((bias, None) for bias in op.biases if bias is not None)

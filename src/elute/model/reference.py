@@ -16,6 +16,7 @@ from elute.model.ops import (
     Add,
     Attention,
     Embed,
+    Experts,
     Gate,
     Head,
     Linear,
@@ -23,6 +24,7 @@ from elute.model.ops import (
     RmsNorm,
     Rope,
     RopeTable,
+    Router,
 )
 from elute.model.weights import check_weights
 from elute.types import F32, I32
@@ -110,6 +112,11 @@ class ReferenceExecutor:
                 registers[op.output] = (
                     _activate(registers[op.gate], op.activation) * registers[op.up]
                 )
+            elif isinstance(op, Router):
+                registers[op.output] = registers[op.input] @ self._weights[op.weight].T
+            elif isinstance(op, Experts):
+                shares = _shares(registers[op.logits], op.top_k, normalized=op.normalized)
+                registers[op.output] = self._experts(registers[op.input], shares, op)
             elif isinstance(op, Add):
                 registers[op.output] = registers[op.output] + registers[op.input]
             elif isinstance(op, Head):
@@ -145,6 +152,17 @@ class ReferenceExecutor:
 
     def _multiply(self, x: F32, name: str) -> F32:
         y: F32 = x @ self._weights[name].T
+        return y
+
+    def _experts(self, x: F32, shares: F32, op: Experts) -> F32:
+        """-> f32 [M, width of output]"""
+        y = np.zeros((len(x), self.ops.registers[op.output]), np.float32)
+        for expert in np.flatnonzero(shares.any(axis=0)):
+            rows = np.flatnonzero(shares[:, expert])
+            gate = self._linear(x[rows], op.gates[expert])
+            up = self._linear(x[rows], op.ups[expert])
+            down = self._linear(_activate(gate, op.activation) * up, op.downs[expert])
+            y[rows] += shares[rows, expert, None] * down
         return y
 
     def _attention(self, registers: Mapping[str, F32], op: Attention, position: int) -> F32:
@@ -201,6 +219,16 @@ def _rms_norm(x: F32, weight: F32, op: RmsNorm) -> F32:
     mean_square = np.square(heads).mean(axis=-1, keepdims=True)
     normed: F32 = heads / np.sqrt(mean_square + np.float32(op.eps))
     return (normed * (weight + np.float32(op.weight_offset))).reshape(x.shape)
+
+
+def _shares(logits: F32, top_k: int, *, normalized: bool) -> F32:
+    """-> f32 [M, n_experts]: 0 for all but the top_k of a row."""
+    weights: F32 = np.exp(logits - logits.max(axis=1, keepdims=True))
+    picked = np.argsort(-logits, axis=1, kind="stable")[:, :top_k]  # equal ones: the lower first
+    shares: F32 = np.zeros_like(weights)
+    np.put_along_axis(shares, picked, np.take_along_axis(weights, picked, axis=1), axis=1)
+    shares /= (shares if normalized else weights).sum(axis=1, keepdims=True)
+    return shares
 
 
 def _turns(table: RopeTable, positions: npt.NDArray[Any]) -> tuple[F32, F32]:

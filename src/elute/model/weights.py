@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from elute.errors import FormatError, ShapeError
-from elute.model.ops import Embed, Head, Linear, OpList, RmsNorm
+from elute.model.ops import Embed, Experts, Head, Linear, OpList, RmsNorm, Router
 
 
 def weight_shapes(ops: OpList) -> dict[str, tuple[int, ...]]:
-    """Name -> shape of every weight, in order of first use; matrices are [N, K]."""
+    """Name -> shape of every weight, in order of first use; matrices and routers are [N, K]."""
     shapes: dict[str, tuple[int, ...]] = {}
     width = ops.registers
     for op in ops.ops:
@@ -24,6 +24,12 @@ def weight_shapes(ops: OpList) -> dict[str, tuple[int, ...]]:
                 shapes[weight] = (width[output], width[op.input])
                 if bias is not None:
                     shapes[bias] = (width[output],)
+        elif isinstance(op, Router):
+            shapes[op.weight] = (width[op.output], width[op.input])
+        elif isinstance(op, Experts):
+            for gate, up, down in zip(op.gates, op.ups, op.downs, strict=True):
+                shapes[gate] = shapes[up] = (op.width, width[op.input])
+                shapes[down] = (width[op.output], op.width)
     return shapes
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -34,6 +34,7 @@ def convert(
     recipe: Recipe,
     *,
     tensors: Sequence[str] | None = None,
+    floats: Collection[str] = (),
     progress: Progress | None = None,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -42,6 +43,7 @@ def convert(
 
     tensors   the names wanted, in the order in which they are to lie; by default all of the
               checkpoint's matrices and vectors, without the head when it is tied to the embedding
+    floats    matrices among them that stay f32, whatever the recipe says
     progress  called with (weights done, weights in all, tensor just written)
     force     replaces a packed model that `out` holds already
 
@@ -73,11 +75,14 @@ def convert(
         max_shard_bytes=max_shard_bytes,
     ) as writer:
         for name, shape in shapes.items():
-            if len(shape) == 2:
+            if len(shape) == 2 and name not in floats:
                 pieces = _packed_pieces(checkpoint.read(name), name, recipe, report)
                 writer.add_matrix(name, (shape[0], shape[1]), pieces)
             else:
-                writer.add_vector(name, _vector(checkpoint.read(name), name))
+                values = checkpoint.read(name)
+                if isinstance(values, QuantizedMatrix) and name in floats:
+                    values = values.dequantize()
+                writer.add_vector(name, _vector(values, name))
             done += int(np.prod(shape))
             if progress is not None:
                 progress(done, total, name)
@@ -148,10 +153,10 @@ def _vector(values: npt.NDArray[Any] | QuantizedMatrix, name: str) -> F32:
         raise UnsupportedError(f"{name}: is a quantized vector, wanted floats; keep it in float")
     wide = np.ascontiguousarray(values, dtype=np.float32)
     if not np.isfinite(wide).all():
-        at = int(np.flatnonzero(~np.isfinite(wide))[0])
+        at = np.argwhere(~np.isfinite(wide))[0].tolist()
         raise FormatError(
-            f"{name}: weight [{at}] is {wide[at]}, wanted a finite number; repair or re-download "
-            f"the checkpoint"
+            f"{name}: weight {at} is {wide[tuple(at)]}, wanted a finite number; repair or "
+            f"re-download the checkpoint"
         )
     return wide
 

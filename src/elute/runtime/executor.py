@@ -18,12 +18,14 @@ from elute.model.ops import (
     Add,
     Attention,
     Embed,
+    Experts,
     Gate,
     Head,
     Linear,
     OpList,
     RmsNorm,
     Rope,
+    Router,
 )
 from elute.model.weights import check_shape, weight_shapes
 from elute.runtime.threads import default_threads
@@ -264,6 +266,13 @@ class _Builder:
                         self._registers[op.output],
                         str(op.activation),
                     )
+                case Router():
+                    weight = np.ascontiguousarray(self._vector(op.weight))
+                    self._native.router(
+                        self._registers[op.input], weight, self._registers[op.output]
+                    )
+                case Experts():
+                    self._experts(op)
                 case Add():
                     self._native.add(self._registers[op.input], self._registers[op.output])
                 case Head():
@@ -330,6 +339,28 @@ class _Builder:
                 _columns(self._matrix(op.weights[members[0]])[1]),
                 mask,
             )
+
+    def _experts(self, op: Experts) -> None:
+        def indices(names: tuple[str, ...]) -> list[int]:
+            return [self._matrix(name)[0] for name in names]
+
+        for name in op.matrices():
+            if self._matrix(name)[1].columns is not None:
+                raise UnsupportedError(
+                    f"{name}: an expert with reordered columns (act-order) is not implemented; "
+                    "use a checkpoint without act-order there"
+                )
+        self._native.experts(
+            self._registers[op.input],
+            self._registers[op.logits],
+            self._registers[op.output],
+            indices(op.gates),
+            indices(op.ups),
+            indices(op.downs),
+            op.top_k,
+            op.normalized,
+            str(op.activation),
+        )
 
     def _bias(self, name: str | None) -> list[float]:
         return [] if name is None else self._vector(name).tolist()

@@ -123,6 +123,7 @@ def pack_checkpoint(
         out,
         recipe,
         tensors=(*ops.matrices(), *ops.vectors()),
+        floats=ops.vectors(),
         progress=told,
         force=force,
     )

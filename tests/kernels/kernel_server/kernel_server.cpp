@@ -173,6 +173,15 @@ void add_float_calls(Calls& calls) {
     }
     out.add(y.data(), x.sides());
   };
+  calls["dot"] = [](Request& in, Reply& out) {
+    const FloatKernels& kernels = floats(in);
+    const auto x = in.array<float>(), w = in.array<float>();
+    const int64_t rows = x.shape(0), outputs = w.shape(0), width = x.shape(1);
+    std::vector<float> y(rows * outputs);
+    for (int64_t i = 0; i < rows * outputs; ++i)
+      y[i] = kernels.dot(x.data() + i / outputs * width, w.data() + i % outputs * width, width);
+    out.add(y.data(), {size_t(rows), size_t(outputs)});
+  };
   calls["rope"] = [](Request& in, Reply& out) {
     const FloatKernels& kernels = floats(in);
     const auto x = in.array<float>(), cos = in.array<float>(), sin = in.array<float>();
@@ -272,9 +281,14 @@ void add_float_calls(Calls& calls) {
 }
 
 // One executor at a time, and what it points into.
+Activation activation_named(const std::string& name) {
+  return name == "silu" ? Activation::silu : name == "gelu_tanh" ? Activation::gelu_tanh : Activation::relu2;
+}
+
 struct Model {
   std::unique_ptr<Executor> executor;
   std::vector<Matrix> matrices;
+  std::vector<std::vector<float>> routers;
 };
 
 void add_executor_calls(Calls& calls) {
@@ -329,9 +343,24 @@ void add_executor_calls(Calls& calls) {
   };
   calls["gate_op"] = [=](Request& in, Reply&) {
     GateOp op{integer(in), integer(in), integer(in), Activation::silu};
-    const std::string name = in.text();
-    if (name != "silu") op.activation = name == "gelu_tanh" ? Activation::gelu_tanh : Activation::relu2;
+    op.activation = activation_named(in.text());
     model.executor->add_op(op);
+  };
+  calls["router"] = [=](Request& in, Reply&) {  // input, output, weight
+    RouterOp op{integer(in), integer(in), nullptr};
+    const auto weight = in.array<float>();
+    model.routers.emplace_back(weight.data(), weight.data() + weight.size());
+    op.weight = model.routers.back().data();
+    model.executor->add_op(op);
+  };
+  calls["experts"] = [=](Request& in, Reply&) {
+    ExpertsOp op{};
+    for (int* field : {&op.input, &op.logits, &op.output}) *field = integer(in);
+    for (std::vector<int>* matrices : {&op.gates, &op.ups, &op.downs}) *matrices = in.list<int32_t>();
+    op.top_k = integer(in);
+    op.normalized = integer(in) != 0;
+    op.activation = activation_named(in.text());
+    model.executor->add_op(std::move(op));
   };
   calls["add_to"] = [=](Request& in, Reply&) {
     AddOp op{integer(in), integer(in)};

@@ -10,8 +10,11 @@ from elute.model.config import Config, shown
 from elute.model.families.bitnet import bitnet
 from elute.model.families.gemma3 import gemma3
 from elute.model.families.llama import llama, mistral
+from elute.model.families.mixtral import mixtral
+from elute.model.families.olmoe import olmoe
 from elute.model.families.qwen2 import qwen2
 from elute.model.families.qwen3 import qwen3
+from elute.model.families.qwen3_moe import qwen3_moe
 from elute.model.ops import OpList
 
 
@@ -28,6 +31,9 @@ FAMILIES: Mapping[str, Family] = {
     "mistral": Family(mistral, ("MistralForCausalLM",)),
     "qwen2": Family(qwen2, ("Qwen2ForCausalLM",)),
     "qwen3": Family(qwen3, ("Qwen3ForCausalLM",)),
+    "mixtral": Family(mixtral, ("MixtralForCausalLM",)),
+    "qwen3_moe": Family(qwen3_moe, ("Qwen3MoeForCausalLM",)),
+    "olmoe": Family(olmoe, ("OlmoeForCausalLM",)),
     "gemma3_text": Family(gemma3, ("Gemma3ForCausalLM", "Gemma3ForConditionalGeneration")),
     # The picture-and-text wrapper, whose text_config the reader has laid flat.
     "gemma3": Family(gemma3, ("Gemma3ForConditionalGeneration", "Gemma3ForCausalLM")),

@@ -6,6 +6,8 @@ One layer, with [ ] around what only some families have:
     query = [norm](attention);  normed = [norm](linear(query));  hidden += normed
     normed = norm(hidden);  gate, up = linear(normed);  gate = [norm](activation(gate) * up)
     normed = [norm](linear(gate));  hidden += normed
+
+or, in the last two lines, [logits = router(normed);  normed = experts(normed, logits)].
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ from elute.model.ops import (
     Add,
     Attention,
     Embed,
+    Experts,
     Gate,
     Head,
     Linear,
@@ -27,10 +30,14 @@ from elute.model.ops import (
     RmsNorm,
     Rope,
     RopeTable,
+    Router,
 )
 
 # The deepest published models have about 130; a hostile config must not build ops for hours.
 MAX_LAYERS = 4096
+MAX_EXPERTS = 1 << 16  # of all layers: the largest published models have about 23 thousand
+# How other families of experts call what the ones here do not have.
+SHARED_EXPERTS = ("n_shared_experts", "num_shared_experts", "shared_expert_intermediate_size")
 
 EMBEDDING = "model.embed_tokens.weight"
 FINAL_NORM = "model.norm.weight"
@@ -124,13 +131,49 @@ class Norms:
     """Names of a layer's norms, below "model.layers.N."; None where the family has none."""
 
     before_attention: str = "input_layernorm"
-    query: str | None = None  # per head
-    key: str | None = None  # per head
+    query: str | None = None
+    key: str | None = None
+    whole: bool = False  # these two are over all heads at once, not per head
     before_output: str | None = None  # between attention and o_proj
     after_attention: str | None = None
     before_mlp: str = "post_attention_layernorm"
     before_down: str | None = None
     after_mlp: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Mixture:
+    """Experts in place of a layer's mlp, and their names below "model.layers.N.".
+
+    layers      whether each layer has them
+    width       of an expert: rows of its gate and up
+    normalized  shares of the picked ones add up to 1
+    """
+
+    n_experts: int
+    top_k: int
+    width: int
+    normalized: bool
+    layers: tuple[bool, ...]
+    block: str = "mlp"
+    gate: str = "gate_proj"
+    up: str = "up_proj"
+    down: str = "down_proj"
+
+
+def read_mixture_sizes(config: Config, keys: tuple[str, ...], n_layers: int) -> tuple[int, int]:
+    """-> (n_experts, top_k). keys: what the number of experts is called, the usual name first.
+
+    Raises FormatError when a number is missing or does not fit the other, UnsupportedError for
+    experts that all tokens share.
+    """
+    for shared in SHARED_EXPERTS:
+        if config.has(shared) and config.values[shared]:
+            found = f"{shared} is {shown(config.values[shared])}"
+            raise config.unsupported(found, "experts that a router picks, none that all share")
+    key = next((key for key in keys if config.has(key)), keys[0])
+    n_experts = config.count(key, at_most=MAX_EXPERTS // n_layers)
+    return n_experts, config.count("num_experts_per_tok", at_most=n_experts)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,6 +194,7 @@ class Decoder:
     rope_tables: Mapping[str, RopeTable]
     attention_scale: float
     norms: Norms = field(default_factory=Norms)
+    mixture: Mixture | None = None
     norm_offset: float = 0.0
     embed_scale: float = 1.0
     qkv_bias: bool = False
@@ -164,7 +208,7 @@ class Decoder:
         ops: list[Op] = [Embed(EMBEDDING, "hidden", self.embed_scale)]
         for layer in range(sizes.n_layers):
             ops += self._attention(layer)
-            ops += self._mlp(layer)
+            ops += self._mixture(layer) if self._mixes(layer) else self._mlp(layer)
         ops.append(RmsNorm("hidden", FINAL_NORM, "normed", self.eps, None, self.norm_offset))
         ops.append(Head("normed", EMBEDDING if self.tied else UNTIED_HEAD, self.logit_softcap))
         return OpList(
@@ -177,8 +221,7 @@ class Decoder:
                 "query": sizes.n_heads * sizes.head_width,
                 "key": sizes.n_kv_heads * sizes.head_width,
                 "value": sizes.n_kv_heads * sizes.head_width,
-                "gate": sizes.intermediate,
-                "up": sizes.intermediate,
+                **self._mlp_registers(),
             },
             n_layers=sizes.n_layers,
             n_kv_heads=sizes.n_kv_heads,
@@ -188,6 +231,15 @@ class Decoder:
             rope_tables=self.rope_tables,
         )
 
+    def _mixes(self, layer: int) -> bool:
+        return self.mixture is not None and self.mixture.layers[layer]
+
+    def _mlp_registers(self) -> dict[str, int]:
+        mixes = [self._mixes(layer) for layer in range(self.sizes.n_layers)]
+        width = self.sizes.intermediate
+        dense = {} if all(mixes) else {"gate": width, "up": width}
+        return dense | ({"logits": self.mixture.n_experts} if self.mixture and any(mixes) else {})
+
     def _attention(self, layer: int) -> Iterator[Op]:
         sizes, norms = self.sizes, self.norms
         yield self._norm(layer, norms.before_attention, "hidden", "normed")
@@ -196,7 +248,8 @@ class Decoder:
         )
         for register, norm in (("query", norms.query), ("key", norms.key)):
             if norm is not None:
-                yield self._norm(layer, norm, register, register, head_width=sizes.head_width)
+                width = None if norms.whole else sizes.head_width
+                yield self._norm(layer, norm, register, register, head_width=width)
         for register in ("query", "key"):
             yield Rope(register, sizes.head_width, self.ropes[layer])
         yield Attention(
@@ -229,6 +282,30 @@ class Decoder:
         yield self._linear(layer, "mlp", "gate", {"down": "normed"}, self.mlp_bias)
         if norms.after_mlp is not None:
             yield self._norm(layer, norms.after_mlp, "normed", "normed")
+        yield Add("normed", "hidden")
+
+    def _mixture(self, layer: int) -> Iterator[Op]:
+        mixture, norms = self.mixture, self.norms
+        assert mixture is not None
+        path = f"model.layers.{layer}.{mixture.block}"
+
+        def of_all(name: str) -> tuple[str, ...]:
+            return tuple(f"{path}.experts.{e}.{name}.weight" for e in range(mixture.n_experts))
+
+        yield self._norm(layer, norms.before_mlp, "hidden", "normed")
+        yield Router("normed", f"{path}.gate.weight", "logits")
+        yield Experts(
+            input="normed",
+            logits="logits",
+            output="normed",
+            gates=of_all(mixture.gate),
+            ups=of_all(mixture.up),
+            downs=of_all(mixture.down),
+            width=mixture.width,
+            top_k=mixture.top_k,
+            normalized=mixture.normalized,
+            activation=self.activation,
+        )
         yield Add("normed", "hidden")
 
     def _norm(
