@@ -73,7 +73,7 @@ class FaultyReader final : public RawReader {
     if (strikes(faults_.full) && !in_flight_.empty()) ready_.push_back(take());
     if (strikes(faults_.eio)) return ready_.push_back({{read.id, -EIO}, Clock::now()});
     if (strikes(faults_.again)) return ready_.push_back({{read.id, -EAGAIN}, Clock::now()});
-    InFlight mine{read, Clock::now(), strikes(faults_.flip)};
+    InFlight mine{read, Clock::now() - slept_, strikes(faults_.flip)};
     const int64_t n_pages = read.n_bytes / kFlashAlignment;
     if (strikes(faults_.shorter) && n_pages > 1) mine.read.n_bytes = n_pages / 2 * kFlashAlignment;
     below_->submit(mine.read);
@@ -86,14 +86,16 @@ class FaultyReader final : public RawReader {
     const size_t at = late ? random_() % ready_.size() : 0;
     const Ready ready = ready_[at];
     ready_.erase(ready_.begin() + static_cast<std::ptrdiff_t>(at));
+    const Clock::time_point began = Clock::now();
     std::this_thread::sleep_until(ready.due);
+    slept_ += Clock::now() - began;
     return ready.done;
   }
 
  private:
   struct InFlight {
     FlashRead read;
-    Clock::time_point started;
+    Clock::time_point started;  // less what was slept before
     bool flip;
   };
   struct Ready {
@@ -113,8 +115,9 @@ class FaultyReader final : public RawReader {
       const uint64_t bit = random_() % (8 * static_cast<uint64_t>(done.result));
       mine->read.to[bit / 8] ^= static_cast<uint8_t>(1 << bit % 8);
     }
-    const auto took = Clock::now() - mine->started;
-    const Ready ready{done, mine->started + faults_.slow * took};
+    // A read is not slow because another one was: what was slept meanwhile is none of its time.
+    const Clock::time_point now = Clock::now();
+    const Ready ready{done, now + (faults_.slow - 1) * (now - slept_ - mine->started)};
     in_flight_.erase(mine);
     return ready;
   }
@@ -124,6 +127,7 @@ class FaultyReader final : public RawReader {
   const std::string name_;
   std::mt19937_64 random_;
   int64_t n_reads_ = 0;
+  Clock::duration slept_{0};
   std::deque<InFlight> in_flight_;
   std::deque<Ready> ready_;
 };

@@ -21,6 +21,7 @@ from elute.runtime.session import Executor
 
 if TYPE_CHECKING:
     from elute.formats.packed import PackedModel
+    from elute.formats.page_sums import PageSums
     from elute.kernels.registry import Choice
     from elute.model.ops import OpList
     from elute.quantize.recipe import Recipe
@@ -318,6 +319,7 @@ def load(
     cache_type: str = "f16",
     cache_dir: str | Path | None = None,
     memory: str | int | None = None,
+    checked: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -338,9 +340,12 @@ def load(
               flash for every forward, with the same answers. Without a context it is then at most
               4096 tokens. Packing a model that is not packed yet does not count, nor what `score`
               keeps, the logits of every token
+    checked   weights are compared with their checksums, at the start or, with memory, whenever
+              they are read: damage is then a DeviceError and never a token
     progress  called with (stage, done, total)
 
-    Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
+    Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
+    for `checked` where the packed folder has no checksums,
     BudgetError for a full disk or too little memory, DeviceError for an unknown isa or kernel, or
     weights that cannot be read.
     """
@@ -372,10 +377,13 @@ def load(
         )
     weights: WeightSource = packed
     kernels = None
+    sums = packed.page_sums() if checked else None
     if memory is not None:
         weights, context, kernels = _fitted(
-            packed, ops, memory, context, cache_type, threads, isa, kernel, folder
+            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, sums
         )
+    elif sums is not None:
+        sums.check(packed.path, progress=_stage(progress, "check"))
     executor = NativeExecutor(
         ops,
         weights,
@@ -397,6 +405,12 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         flash=weights if isinstance(weights, FlashWeights) else None,
     )
+
+
+def _stage(
+    progress: Callable[[str, int, int], None] | None, name: str
+) -> Callable[[int, int], None]:
+    return lambda done, total: None if progress is None else progress(name, done, total)
 
 
 def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:
@@ -427,6 +441,7 @@ def _fitted(
     isa: str | None,
     kernel: str,
     folder: Path | None,
+    sums: PageSums | None,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
     """Weights, context and kernels within a budget of memory."""
     import psutil
@@ -461,4 +476,4 @@ def _fitted(
             plan.missed / 1e6,
             plan.window / 1e6,
         )
-    return FlashWeights(packed, ops, plan), found.context, kernels
+    return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels

@@ -110,6 +110,29 @@ class PageSums:
         begin = self.first[file]
         return self.values[begin : begin + self.n_pages[file]]
 
+    def check(self, folder: Path, *, progress: Callable[[int, int], None]) -> None:
+        """Reads all files through the page cache, where those who map them find what was checked.
+
+        progress  called with (bytes done, bytes in all)
+
+        Raises DeviceError for a page that cannot be read or is not what it was.
+        """
+        done, total = 0, self.values.size * PAGE
+
+        def read(n_bytes: int) -> None:
+            nonlocal done
+            done += n_bytes
+            progress(done, total)
+
+        for file in self.first:
+            bad = self.bad_pages(folder, file, direct=False, done=read)
+            if bad:
+                raise DeviceError(
+                    f"{folder / file}: page {bad[0].page} at byte {bad[0].offset}: {bad[0]}; run "
+                    f"elute verify {folder} to see what is damaged, check the disk, or convert "
+                    "the model again"
+                )
+
     def bad_pages(
         self,
         folder: Path,
