@@ -1,23 +1,15 @@
 #include "flash_reader.h"
 
 #include <fcntl.h>
-#include <linux/io_uring.h>
-#include <sys/mman.h>
 #include <sys/stat.h>
-#include <sys/syscall.h>
 #include <unistd.h>
 
-#include <atomic>
 #include <cerrno>
-#include <condition_variable>
-#include <cstring>
-#include <deque>
-#include <mutex>
-#include <stdexcept>
 #include <system_error>
-#include <thread>
 #include <utility>
 #include <vector>
+
+#include "raw_reader.h"
 
 namespace elute {
 namespace {
@@ -38,185 +30,48 @@ bool takes_aligned_reads(int descriptor) {
 #endif
 }
 
-// Threads that each read one piece at a time.
-class PoolReader final : public FlashReader {
+// Goes on with what was cut short or interrupted.
+class WholeReader final : public FlashReader {
  public:
-  explicit PoolReader(int depth) {
-    try {
-      for (int i = 0; i < depth; ++i) threads_.emplace_back([this] { work(); });
-    } catch (...) {
-      stop();
-      throw;
-    }
+  explicit WholeReader(std::unique_ptr<RawReader> raw) : raw_(std::move(raw)), left_(raw_->depth()) {
+    for (int slot = depth(); slot-- > 0;) free_.push_back(slot);
   }
-  ~PoolReader() override { stop(); }
-  std::string_view name() const override { return "pread"; }
-  int depth() const override { return static_cast<int>(threads_.size()); }
-  void submit(const FlashRead& read) override {
-    {
-      const std::lock_guard lock(mutex_);
-      wanted_.push_back(read);
-    }
-    wanted_changed_.notify_one();
-  }
-  FlashDone wait() override {
-    std::unique_lock lock(mutex_);
-    done_changed_.wait(lock, [&] { return !done_.empty(); });
-    const FlashDone done = done_.front();
-    done_.pop_front();
-    return done;
-  }
-
- private:
-  static int read_all(FlashRead read) {
-    while (read.n_bytes > 0) {
-      const ssize_t n = pread(read.descriptor, read.to, read.n_bytes, read.offset);
-      if (n < 0 && errno == EINTR) continue;
-      if (n < 0) return errno;
-      if (n == 0 || n % kFlashAlignment) return kFlashShort;  // files stop a read only at their end
-      read.to += n;
-      read.offset += n;
-      read.n_bytes -= n;
-    }
-    return 0;
-  }
-  void work() {
-    std::unique_lock lock(mutex_);
-    while (true) {
-      wanted_changed_.wait(lock, [&] { return stop_ || !wanted_.empty(); });
-      if (stop_) return;
-      const FlashRead read = wanted_.front();
-      wanted_.pop_front();
-      lock.unlock();
-      const int error = read_all(read);
-      lock.lock();
-      done_.push_back({read.id, error});
-      done_changed_.notify_one();
-    }
-  }
-  void stop() {
-    {
-      const std::lock_guard lock(mutex_);
-      stop_ = true;
-    }
-    wanted_changed_.notify_all();
-    for (std::thread& thread : threads_) thread.join();
-  }
-
-  std::mutex mutex_;
-  std::condition_variable wanted_changed_, done_changed_;
-  std::deque<FlashRead> wanted_;
-  std::deque<FlashDone> done_;
-  bool stop_ = false;
-  std::vector<std::thread> threads_;
-};
-
-// Linux's rings by their system calls: liburing is not everywhere.
-class RingReader final : public FlashReader {
- public:
-  explicit RingReader(int depth) : in_flight_(depth) {
-    io_uring_params params{};
-    ring_ = static_cast<int>(syscall(SYS_io_uring_setup, depth, &params));
-    if (ring_ < 0) fail("io_uring_setup");
-    try {
-      map(params);
-    } catch (...) {
-      unmap();
-      throw;
-    }
-    for (int slot = depth; slot-- > 0;) free_.push_back(slot);
-  }
-  // The kernel must not write to memory that is somebody else's by then.
-  ~RingReader() override {
-    while (free_.size() < in_flight_.size()) wait();
-    unmap();
-  }
-  std::string_view name() const override { return "io_uring"; }
-  int depth() const override { return static_cast<int>(in_flight_.size()); }
+  std::string_view name() const override { return raw_->name(); }
+  int depth() const override { return static_cast<int>(left_.size()); }
   void submit(const FlashRead& read) override {
     const int slot = free_.back();
     free_.pop_back();
-    in_flight_[slot] = read;
-    push(slot);
+    left_[slot] = read;
+    go_on(slot);
   }
   FlashDone wait() override {
     while (true) {
-      const unsigned head = *completed_head_;
-      if (head == std::atomic_ref(*completed_tail_).load(std::memory_order_acquire)) {
-        enter(0, 1, IORING_ENTER_GETEVENTS);
+      const auto [slot, result] = raw_->wait();
+      FlashRead& left = left_[slot];
+      const bool again = result == -EINTR || result == -EAGAIN;
+      if (again || (result > 0 && result < left.n_bytes && result % kFlashAlignment == 0)) {
+        const int64_t n_bytes = again ? 0 : result;
+        left.to += n_bytes;
+        left.offset += n_bytes;
+        left.n_bytes -= n_bytes;
+        go_on(static_cast<int>(slot));
         continue;
       }
-      const io_uring_cqe event = completed_[head & *completed_mask_];
-      std::atomic_ref(*completed_head_).store(head + 1, std::memory_order_release);
-      const int slot = static_cast<int>(event.user_data);
-      FlashRead& read = in_flight_[slot];
-      if (event.res == -EINTR || event.res == -EAGAIN) {
-        push(slot);
-        continue;
-      }
-      if (event.res > 0 && event.res < read.n_bytes && event.res % kFlashAlignment == 0) {  // the rest
-        read.to += event.res;
-        read.offset += event.res;
-        read.n_bytes -= event.res;
-        push(slot);
-        continue;
-      }
-      free_.push_back(slot);
-      return {read.id, event.res < 0 ? -event.res : event.res < read.n_bytes ? kFlashShort : 0};
+      free_.push_back(static_cast<int>(slot));
+      // Files stop a read elsewhere than at a page only at their end.
+      return {left.id, result < 0 ? static_cast<int>(-result) : result < left.n_bytes ? kFlashShort : 0};
     }
   }
 
  private:
-  void* map_at(int64_t n_bytes, uint64_t at) {
-    void* p = mmap(nullptr, n_bytes, PROT_READ | PROT_WRITE, MAP_SHARED | MAP_POPULATE, ring_, static_cast<off_t>(at));
-    if (p == MAP_FAILED) fail("io_uring: mmap");
-    mapped_.push_back({p, n_bytes});
-    return p;
-  }
-  void map(const io_uring_params& params) {
-    auto* submit = static_cast<uint8_t*>(map_at(params.sq_off.array + params.sq_entries * 4, IORING_OFF_SQ_RING));
-    auto* complete =
-        static_cast<uint8_t*>(map_at(params.cq_off.cqes + params.cq_entries * sizeof(io_uring_cqe), IORING_OFF_CQ_RING));
-    entries_ = static_cast<io_uring_sqe*>(map_at(params.sq_entries * sizeof(io_uring_sqe), IORING_OFF_SQES));
-    submit_tail_ = reinterpret_cast<unsigned*>(submit + params.sq_off.tail);
-    submit_mask_ = reinterpret_cast<unsigned*>(submit + params.sq_off.ring_mask);
-    submit_array_ = reinterpret_cast<unsigned*>(submit + params.sq_off.array);
-    completed_head_ = reinterpret_cast<unsigned*>(complete + params.cq_off.head);
-    completed_tail_ = reinterpret_cast<unsigned*>(complete + params.cq_off.tail);
-    completed_mask_ = reinterpret_cast<unsigned*>(complete + params.cq_off.ring_mask);
-    completed_ = reinterpret_cast<io_uring_cqe*>(complete + params.cq_off.cqes);
-  }
-  void unmap() {
-    for (const auto& [p, n_bytes] : mapped_) munmap(p, n_bytes);
-    close(ring_);
-  }
-  void push(int slot) {
-    const FlashRead& read = in_flight_[slot];
-    const unsigned tail = *submit_tail_, at = tail & *submit_mask_;
-    io_uring_sqe& entry = entries_[at];
-    entry = {};
-    entry.opcode = IORING_OP_READ;
-    entry.fd = read.descriptor;
-    entry.addr = reinterpret_cast<uint64_t>(read.to);
-    entry.len = static_cast<unsigned>(read.n_bytes);
-    entry.off = static_cast<uint64_t>(read.offset);
-    entry.user_data = static_cast<uint64_t>(slot);
-    submit_array_[at] = at;
-    std::atomic_ref(*submit_tail_).store(tail + 1, std::memory_order_release);
-    enter(1, 0, 0);
-  }
-  void enter(unsigned n_submit, unsigned n_wait, unsigned flags) {
-    while (syscall(SYS_io_uring_enter, ring_, n_submit, n_wait, flags, nullptr, 0) < 0)
-      if (errno != EINTR && errno != EAGAIN && errno != EBUSY) fail("io_uring_enter");
+  void go_on(int slot) {
+    FlashRead read = left_[slot];
+    read.id = slot;
+    raw_->submit(read);
   }
 
-  int ring_;
-  std::vector<std::pair<void*, int64_t>> mapped_;
-  io_uring_sqe* entries_ = nullptr;
-  io_uring_cqe* completed_ = nullptr;
-  unsigned *submit_tail_ = nullptr, *submit_mask_ = nullptr, *submit_array_ = nullptr;
-  unsigned *completed_head_ = nullptr, *completed_tail_ = nullptr, *completed_mask_ = nullptr;
-  std::vector<FlashRead> in_flight_;
+  const std::unique_ptr<RawReader> raw_;
+  std::vector<FlashRead> left_;  // of the reads in flight
   std::vector<int> free_;
 };
 
@@ -244,15 +99,7 @@ void FlashFile::forget(int64_t offset, int64_t n_bytes) const {
 }
 
 std::unique_ptr<FlashReader> open_flash_reader(std::string_view kind, int depth) {
-  if (kind == "pread") return std::make_unique<PoolReader>(depth);
-  if (kind == "io_uring") return std::make_unique<RingReader>(depth);
-  if (kind != "auto")
-    throw std::invalid_argument("reader: found " + std::string(kind) + ", wanted auto, io_uring or pread");
-  try {
-    return std::make_unique<RingReader>(depth);
-  } catch (const std::system_error&) {  // forbidden here, as in many containers; name() says what is used
-    return std::make_unique<PoolReader>(depth);
-  }
+  return std::make_unique<WholeReader>(open_raw_reader(kind, depth));
 }
 
 }  // namespace elute

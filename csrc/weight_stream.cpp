@@ -6,7 +6,11 @@
 #include <chrono>
 #include <cstring>
 #include <deque>
+#include <iomanip>
+#include <sstream>
 #include <stdexcept>
+
+#include "crc32c.h"
 
 namespace elute {
 namespace {
@@ -21,11 +25,12 @@ bool overlap(const WeightStream::Piece& a, const WeightStream::Piece& b) {
 }  // namespace
 
 WeightStream::WeightStream(const std::vector<std::string>& paths, std::vector<Piece> pieces, uint8_t* window,
-                           std::string_view reader, int depth, int64_t request_bytes, bool direct)
+                           std::string_view reader, int depth, int64_t request_bytes, bool direct, Sums sums)
     : paths_(paths),
       pieces_(std::move(pieces)),
       window_(window),
       request_bytes_(request_bytes),
+      sums_(std::move(sums)),
       process_(getpid()) {
   for (const std::string& path : paths) files_.emplace_back(path, direct);
   const int n = n_pieces();
@@ -69,6 +74,9 @@ void WeightStream::read_ahead() {
     bool complete;  // all were submitted
   };
   std::deque<Reading> reading;  // in order; the first is loaded_
+  std::vector<Request> requests(reader_->depth());
+  std::vector<int> free;
+  for (int slot = reader_->depth(); slot-- > 0;) free.push_back(slot);
   int64_t next = 0, at = 0;     // the piece to read next, and how much of it was asked for
   int in_flight = 0;
   while (!stop_) {
@@ -78,7 +86,10 @@ void WeightStream::read_ahead() {
       const Piece& piece = pieces_[next % n_pieces()];
       if (at == 0) reading.push_back({next, 0, false});
       const int64_t n_bytes = std::min(request_bytes_, piece.n_bytes - at);
-      reader_->submit({files_[piece.file].descriptor(), piece.offset + at, n_bytes, window_ + piece.at + at, next});
+      const int slot = free.back();
+      free.pop_back();
+      requests[slot] = {next, at, n_bytes};
+      reader_->submit({files_[piece.file].descriptor(), piece.offset + at, n_bytes, window_ + piece.at + at, slot});
       ++in_flight;
       ++reading.back().requests;
       at += n_bytes;
@@ -97,9 +108,14 @@ void WeightStream::read_ahead() {
     }
     const FlashDone done = reader_->wait();
     --in_flight;
-    if (done.error) fail(where(done.id, done.error));
+    const Request& request = requests[done.id];
+    free.push_back(static_cast<int>(done.id));
+    if (done.error)
+      fail(where(request, done.error == kFlashShort ? "the file ends before that" : std::strerror(done.error)));
+    else if (sums_.of && !failed_)
+      check(request);
     for (Reading& r : reading)
-      if (r.sequence == done.id) --r.requests;
+      if (r.sequence == request.sequence) --r.requests;
     while (!reading.empty() && reading.front().complete && reading.front().requests == 0 && !failed_) {
       const Piece& piece = pieces_[reading.front().sequence % n_pieces()];
       files_[piece.file].forget(piece.offset, piece.n_bytes);
@@ -111,11 +127,26 @@ void WeightStream::read_ahead() {
   while (in_flight-- > 0) reader_->wait();  // they write to the window
 }
 
-std::string WeightStream::where(int64_t sequence, int error) const {
-  const Piece& piece = pieces_[sequence % n_pieces()];
-  return paths_[piece.file] + ": cannot read " + std::to_string(piece.n_bytes) + " bytes from byte " +
-         std::to_string(piece.offset) + " (" + (error == kFlashShort ? "the file ends before that" : std::strerror(error)) +
-         "); check the disk, or convert the model again";
+// Here, while others of its piece are read: the pages are in a cache still, and the threads that multiply wait for none.
+void WeightStream::check(const Request& request) {
+  const Piece& piece = pieces_[request.sequence % n_pieces()];
+  const int64_t first = (piece.offset + request.at) / kSummedPage, n_pages = request.n_bytes / kSummedPage;
+  const uint32_t* wanted = sums_.of + sums_.first_page[piece.file] + first;
+  uint32_t found = 0;
+  const int64_t page = first_wrong_page(window_ + piece.at + request.at, n_pages, wanted, &found);
+  if (page == n_pages) return;
+  std::ostringstream what;
+  what << std::hex << std::setfill('0') << "their CRC-32C is " << std::setw(8) << found << ", wanted " << std::setw(8)
+       << wanted[page];
+  fail(where({request.sequence, request.at + page * kSummedPage, kSummedPage}, what.str()));
+}
+
+std::string WeightStream::where(const Request& request, const std::string& what) const {
+  const Piece& piece = pieces_[request.sequence % n_pieces()];
+  const std::string& path = paths_[piece.file];
+  return path + ": cannot read " + std::to_string(request.n_bytes) + " bytes from byte " +
+         std::to_string(piece.offset + request.at) + " (" + what + "); run elute verify " +
+         path.substr(0, path.find_last_of('/')) + " to see what is damaged, check the disk, or convert the model again";
 }
 
 void WeightStream::fail(const std::string& what) {

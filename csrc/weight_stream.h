@@ -26,10 +26,17 @@ class WeightStream {
     double waited_s = 0;  // of the first thread, for pieces that were not there yet
   };
 
-  // window: kFlashAlignment-aligned, of window_bytes, this stream's alone and longer-lived. pieces: in the order of use;
-  // those of one use must not overlap. request_bytes: most of one read. Throws as FlashFile and open_flash_reader do.
+  // What the pages of the files must sum to, by crc32c.h: page p of file f to of[first_page[f] + p].
+  struct Sums {
+    const uint32_t* of = nullptr;  // null: nothing is checked
+    std::vector<int64_t> first_page;
+  };
+
+  // window: kFlashAlignment-aligned, of window_bytes, this stream's alone and longer-lived, as are the sums. pieces: in the
+  // order of use; those of one use must not overlap. request_bytes: most of one read. Throws as FlashFile and
+  // open_flash_reader do.
   WeightStream(const std::vector<std::string>& paths, std::vector<Piece> pieces, uint8_t* window, std::string_view reader,
-               int depth, int64_t request_bytes, bool direct);
+               int depth, int64_t request_bytes, bool direct, Sums sums);
   ~WeightStream();
   WeightStream(const WeightStream&) = delete;
   WeightStream& operator=(const WeightStream&) = delete;
@@ -52,13 +59,19 @@ class WeightStream {
   void read_ahead();
   bool may_read(int64_t sequence) const;
   void fail(const std::string& what);
-  std::string where(int64_t sequence, int error) const;
+  // A read in flight: `n_bytes` of a piece from its byte `at`.
+  struct Request {
+    int64_t sequence, at, n_bytes;
+  };
+  void check(const Request& request);
+  std::string where(const Request& request, const std::string& what) const;
 
   const std::vector<std::string> paths_;
   const std::vector<Piece> pieces_;
   std::vector<int> distance_;  // how many pieces before it the last one lies that shares its place: 1 to n_pieces
   uint8_t* const window_;
   const int64_t request_bytes_;
+  const Sums sums_;
   const pid_t process_;  // that has the threads
   std::vector<FlashFile> files_;
   std::unique_ptr<FlashReader> reader_;

@@ -7,6 +7,8 @@
 
 #include "bank_cache.h"
 #include "bind/bind.h"
+#include "crc32c.h"
+#include "page_check.h"
 #include "weight_stream.h"
 
 namespace elute {
@@ -14,26 +16,99 @@ namespace {
 
 using PieceTuple = std::tuple<int, int64_t, int64_t, int64_t>;  // file, offset, n_bytes, at
 
-WeightStream* make_stream(const std::vector<std::string>& paths, const std::vector<PieceTuple>& tuples,
-                                          const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& window,
-                                          const std::string& reader, int depth, int64_t request_bytes, bool direct) {
-  const auto want = [](bool holds, const char* what) {
-    if (!holds) throw std::invalid_argument(std::string("stream: ") + what);
-  };
-  const auto aligned = [](int64_t x) { return x >= 0 && x % kFlashAlignment == 0; };
-  const auto n_window = static_cast<int64_t>(window.size());
-  want(!tuples.empty(), "no pieces");
+using SumsIn = ArrayIn<uint32_t, 1>;
+
+void want(bool holds, const char* what) {
+  if (!holds) throw std::invalid_argument(std::string("flash: ") + what);
+}
+bool aligned(int64_t x) { return x >= 0 && x % kFlashAlignment == 0; }
+void check_requests(int depth, int64_t request_bytes) {
   want(depth >= 1 && depth <= 1024, "depth: wanted 1 to 1024");
   want(request_bytes > 0 && aligned(request_bytes) && request_bytes <= 1 << 30, "request_bytes: wanted a multiple of 4096");
+}
+
+WeightStream* make_stream(const std::vector<std::string>& paths, const std::vector<PieceTuple>& tuples,
+                          const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& window,
+                          const std::string& reader, int depth, int64_t request_bytes, bool direct,
+                          const std::optional<SumsIn>& sums, const std::vector<int64_t>& first_page) {
+  const auto n_window = static_cast<int64_t>(window.size());
+  want(!tuples.empty(), "no pieces");
+  check_requests(depth, request_bytes);
   want(reinterpret_cast<uintptr_t>(window.data()) % kFlashAlignment == 0, "window: wanted memory aligned to 4096");
+  want(!sums || first_page.size() == paths.size(), "first_page: wanted one of each path");
   std::vector<WeightStream::Piece> pieces;
   for (const auto& [file, offset, n_bytes, at] : tuples) {
     want(file >= 0 && file < static_cast<int>(paths.size()), "a piece's file does not exist");
     want(aligned(offset) && aligned(at) && aligned(n_bytes) && n_bytes > 0, "a piece is not aligned to 4096");
     want(at <= n_window - n_bytes, "a piece lies beyond the window");
+    if (sums) {
+      const int64_t first = first_page[file], end = (offset + n_bytes) / kSummedPage, n = static_cast<int64_t>(sums->size());
+      want(first >= 0 && first <= n && end <= n - first, "a piece has no sums");
+    }
     pieces.push_back({file, offset, n_bytes, at});
   }
-  return new WeightStream(paths, std::move(pieces), window.data(), reader, depth, request_bytes, direct);
+  return new WeightStream(paths, std::move(pieces), window.data(), reader, depth, request_bytes, direct,
+                          {sums ? sums->data() : nullptr, first_page});
+}
+
+const Crc32c& crc32c_named(const std::string& level) {
+  for (const Crc32c& crc : crc32c_levels())
+    if (crc.name == level) return crc;
+  throw std::invalid_argument("crc32c: found '" + level + "', wanted one of crc32c_levels()");
+}
+
+void bind_sums(nb::module_& m) {
+  m.def(
+      "crc32c_levels",
+      [] {
+        std::vector<std::string> names;
+        for (const Crc32c& crc : crc32c_levels()) names.emplace_back(crc.name);
+        return names;
+      },
+      "What CRC-32C is computed with on this CPU, slowest first.");
+  m.def(
+      "crc32c",
+      [](const ArrayIn<uint8_t, 1>& data, const std::optional<std::string>& level) {
+        const Crc32c& crc = level ? crc32c_named(*level) : best_crc32c();
+        return crc.of(data.data(), static_cast<int64_t>(data.size()));
+      },
+      nb::arg("data"), nb::arg("level").none() = nb::none(), "of u8 [n]");
+  m.def(
+      "crc32c_pages",
+      [](const ArrayIn<uint8_t, 1>& data, const std::optional<std::string>& level) {
+        want(aligned(static_cast<int64_t>(data.size())), "data: wanted whole pages of 4096 bytes");
+        const Crc32c& crc = level ? crc32c_named(*level) : best_crc32c();
+        const size_t n_pages = data.size() / kSummedPage;
+        auto sums = std::make_unique<uint32_t[]>(n_pages);
+        {
+          nb::gil_scoped_release release;
+          crc.of_pages(data.data(), static_cast<int64_t>(n_pages), sums.get());
+        }
+        return owned_array(std::move(sums), {n_pages});
+      },
+      nb::arg("data"), nb::arg("level").none() = nb::none(), "u8 [4096 * n] -> u32 [n]");
+  m.def(
+      "bad_pages",
+      [](const std::string& path, int64_t first, const SumsIn& wanted, const std::string& reader, int depth,
+         int64_t request_bytes, bool direct) {
+        check_requests(depth, request_bytes);
+        want(first >= 0 && wanted.size() <= INT64_MAX / kSummedPage - first, "first: wanted a page of the file");
+        std::vector<BadPage> bad;
+        {
+          nb::gil_scoped_release release;
+          const FlashFile file(path, direct);
+          const auto opened = open_flash_reader(reader, depth);
+          const auto n_pages = static_cast<int64_t>(wanted.size());
+          if (n_pages) bad = bad_pages(file, *opened, first, n_pages, wanted.data(), request_bytes, direct);
+        }
+        std::vector<std::tuple<int64_t, int, uint32_t>> told;
+        for (const BadPage& page : bad) told.emplace_back(page.page, page.error, page.found);
+        return told;
+      },
+      nb::arg("path"), nb::arg("first"), nb::arg("wanted"), nb::arg("reader") = "auto", nb::arg("depth") = 8,
+      nb::arg("request_bytes") = 1 << 20, nb::arg("direct") = true,
+      "[(page, errno, sum)] of the pages from `first` that cannot be read (-1: beyond the file's end) or whose sum is not "
+      "that of wanted u32 [n]; direct: past the page cache, else through it");
 }
 
 using BankTuple = std::tuple<int, int64_t, int64_t, int64_t, int, int, int>;  // file, offset, block_bytes, row_bytes, rows, rows a block, slots
@@ -115,6 +190,7 @@ BankCache* resident_banks(const std::vector<Resident>& arrays, const std::vector
 }  // namespace
 
 void bind_flash(nb::module_& m) {
+  bind_sums(m);
   nb::class_<WeightStream>(m, "WeightStream", "Reads pieces of files into a window, in a cycle, ahead of their use.")
       .def_prop_ro("reader", [](const WeightStream& s) { return std::string(s.reader()); })
       .def_prop_ro("direct", &WeightStream::direct)
@@ -166,8 +242,11 @@ void bind_flash(nb::module_& m) {
         "banks [(file, offset, block_bytes, row_bytes, rows, rows a block, slots)], uses [(bank, use that predicts it)]");
   m.def("resident_banks", &resident_banks, nb::rv_policy::take_ownership, nb::arg("arrays"), nb::arg("banks"), nb::arg("uses"), nb::keep_alive<0, 1>());
   m.def("open_stream", &make_stream, nb::rv_policy::take_ownership, nb::arg("paths"), nb::arg("pieces"), nb::arg("window"), nb::arg("reader") = "auto",
-        nb::arg("depth") = 8, nb::arg("request_bytes") = 1 << 20, nb::arg("direct") = true, nb::keep_alive<0, 3>(),
-        "pieces [(file, offset, n_bytes, at)] of paths into window u8 [n], in the order of use");
+        nb::arg("depth") = 8, nb::arg("request_bytes") = 1 << 20, nb::arg("direct") = true,
+        nb::arg("sums").noconvert().none() = nb::none(), nb::arg("first_page") = std::vector<int64_t>(),
+        nb::keep_alive<0, 3>(), nb::keep_alive<0, 8>(),
+        "pieces [(file, offset, n_bytes, at)] of paths into window u8 [n], in the order of use; with sums u32 [n], page p of "
+        "paths[f] is checked against sums[first_page[f] + p]");
 }
 
 }  // namespace elute

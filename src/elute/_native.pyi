@@ -5,6 +5,7 @@ _F32 = npt.NDArray[np.float32]
 _F16 = npt.NDArray[np.float16]
 _I32 = npt.NDArray[np.int32]
 _U8 = npt.NDArray[np.uint8]
+_U32 = npt.NDArray[np.uint32]
 
 emulates_avx512: bool
 
@@ -143,7 +144,22 @@ def open_stream(
     depth: int = 8,
     request_bytes: int = 1 << 20,
     direct: bool = True,
+    sums: _U32 | None = None,
+    first_page: list[int] = ...,
 ) -> WeightStream: ...
+def crc32c_levels() -> list[str]: ...
+def crc32c(data: _U8, level: str | None = None) -> int: ...
+def crc32c_pages(data: _U8, level: str | None = None) -> _U32: ...
+def bad_pages(
+    path: str,
+    first: int,
+    wanted: _U32,
+    reader: str = "auto",
+    depth: int = 8,
+    request_bytes: int = 1 << 20,
+    direct: bool = True,
+) -> list[tuple[int, int, int]]:
+    """-> (page, errno, sum); errno -1: beyond the end of the file"""
 
 class Executor:
     def __init__(

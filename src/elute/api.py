@@ -23,6 +23,7 @@ from elute.runtime.session import Executor
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
     from elute.formats.packed import PackedModel
+    from elute.formats.page_sums import PageSums
     from elute.kernels.registry import Choice
     from elute.model.ops import OpList
     from elute.quantize.recipe import Recipe
@@ -323,6 +324,7 @@ def load(
     cache_dir: str | Path | None = None,
     memory: str | int | None = None,
     sparsity: float = 0.0,
+    checked: bool = False,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -346,9 +348,12 @@ def load(
     sparsity  the share of the weights to leave out, 0 to 0.9: for each token, of the prompt too,
               those that matter least to it. Answers change and get worse. The first use calibrates
               the model, which is kept with it
+    checked   weights are compared with their checksums, at the start or, with memory, whenever
+              they are read: damage is then a DeviceError and never a token
     progress  called with (stage, done, total)
 
-    Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
+    Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
+    for `checked` where the packed folder has no checksums,
     BudgetError for a full disk or too little memory, DeviceError for an unknown isa or kernel, or
     weights that cannot be read.
     """
@@ -383,10 +388,13 @@ def load(
     scores = calibration.saved(packed) if sparsity else None
     weights: WeightSource = packed
     kernels = None
+    sums = packed.page_sums() if checked else None
     if memory is not None:
         weights, context, kernels = _fitted(
-            packed, ops, memory, context, cache_type, threads, isa, kernel, folder
+            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, sums
         )
+    elif sums is not None:
+        sums.check(packed.path, progress=_stage(progress, "check"))
     executor = NativeExecutor(
         ops,
         weights,
@@ -463,6 +471,12 @@ def calibrate(
     return calibration.calibration_file(packed), scores
 
 
+def _stage(
+    progress: Callable[[str, int, int], None] | None, name: str
+) -> Callable[[int, int], None]:
+    return lambda done, total: None if progress is None else progress(name, done, total)
+
+
 def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:
     """Sampling as the model's authors advise; elute's own where they say nothing.
 
@@ -491,6 +505,7 @@ def _fitted(
     isa: str | None,
     kernel: str,
     folder: Path | None,
+    sums: PageSums | None,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
     """Weights, context and kernels within a budget of memory."""
     import psutil
@@ -525,4 +540,4 @@ def _fitted(
             plan.missed / 1e6,
             plan.window / 1e6,
         )
-    return FlashWeights(packed, ops, plan), found.context, kernels
+    return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels

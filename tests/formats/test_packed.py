@@ -228,10 +228,15 @@ def test_a_matrix_of_floats_comes_back_as_it_was(tmp_path: Path) -> None:
 
 def test_names_that_collide_with_parts_are_refused(tmp_path: Path) -> None:
     matrix = random_matrix(32, 64, bits=4, group_size=32, affine=Affine.MIN, seed=0)
-    with writer(tmp_path / "model", ["w", "w.scales"]) as packed:
-        packed.add_vector("w.scales", np.zeros(3, np.float32))
-        with pytest.raises(FormatError, match=r"w\.scales: is the name of two tensors"):
+
+    def write() -> None:
+        with writer(tmp_path / "model", ["w", "w.scales"]) as packed:
+            packed.add_vector("w.scales", np.zeros(3, np.float32))
             packed.add_matrix("w", matrix.shape, [quads.pack(matrix)])
+
+    with pytest.raises(FormatError, match=r"w\.scales: is the name of two tensors"):
+        write()
+    assert not list(tmp_path.iterdir())
 
 
 def test_a_config_without_json_form_is_refused(tmp_path: Path) -> None:

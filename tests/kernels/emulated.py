@@ -115,6 +115,17 @@ class KernelServer:
     def float_kernels(self, isa: str) -> FloatKernels:
         return FloatKernels(self, isa)
 
+    # ---- checksums
+
+    def crc32c_levels(self) -> list[str]:
+        return self.call("crc32c_levels")
+
+    def crc32c(self, data: np.ndarray, level: str) -> int:
+        return int(self.call("crc32c", level, data)[0])
+
+    def crc32c_pages(self, data: np.ndarray, level: str) -> np.ndarray:
+        return self.call("crc32c_pages", level, data)[0].view(np.uint32)
+
     def Executor(self, *arguments: Any) -> NativeExecutor:
         self.call("Executor", *arguments)
         return NativeExecutor(self)

@@ -19,6 +19,7 @@ VERBS = {
     "chat": "Talk with a model.",
     "convert": "Pack a model into a folder.",
     "info": "Show what a model consists of.",
+    "verify": "Check every byte of a packed model.",
     "plan": "Show what a budget of memory would give.",
     "calibrate": "Measure a model for --sparsity.",
     "eval": "Measure the perplexity of a model on a text.",

@@ -24,6 +24,7 @@ HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
 @options.sampling_options
 @options.load_options
 @options.memory
+@options.checked
 @options.quiet
 def command(model: str, **given: Any) -> int:
     """Talk with MODEL, line by line. What a turn shares with the last one is not computed again.

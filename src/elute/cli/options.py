@@ -133,6 +133,13 @@ memory = click.option(
     "for every token, with the same answers.  [default: no limit]",
 )
 
+checked = click.option(
+    "--checked",
+    is_flag=True,
+    help="Compare weights with their checksums when they are read: damage is an error, never a "
+    "token.",
+)
+
 # Longer than an answer with its reasoning; a small model that repeats itself never ends by itself.
 MAX_TOKENS = 2048
 
@@ -188,6 +195,7 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         cache_type=options["cache_type"] or "f16",
         memory=options.get("memory"),
         sparsity=options["sparsity"],
+        checked=options.get("checked", False),
         progress=screen,
     )
 

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
 @options.sampling_options
 @options.load_options
 @options.memory
+@options.checked
 @options.as_json
 @options.quiet
 def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:

@@ -15,6 +15,7 @@ from elute.errors import NOTE, DeviceError
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Part
+from elute.formats.page_sums import PageSums
 from elute.model.ops import Linear, OpList
 from elute.types import F32, PANEL, U8, Affine, PackedMatrix
 
@@ -27,8 +28,9 @@ REQUEST_BYTES = 1 << 20  # both: what measured disks need for their best sequent
 class FlashWeights:
     """The WeightSource of a plan. Everything but the streamed planes is read when it is opened.
 
-    Nothing is mapped, so what the process holds is what the plan counts. Raises DeviceError when a
-    file cannot be read.
+    Nothing is mapped, so what the process holds is what the plan counts. With sums, every page is
+    checked when it has been read and before it is used. Raises DeviceError when a file cannot be
+    read, or not as it was written.
     """
 
     def __init__(
@@ -41,8 +43,10 @@ class FlashWeights:
         depth: int = DEPTH,
         request_bytes: int = REQUEST_BYTES,
         direct: bool = True,
+        sums: PageSums | None = None,
     ) -> None:
         self._packed = packed
+        self._sums = sums
         self._options = (reader, depth, request_bytes, direct)
         self._files = list(packed.shards)
         self._parts: dict[str, tuple[int, Part]] = {}  # what stays: its place and its kind
@@ -127,8 +131,13 @@ class FlashWeights:
     def _open(self, pieces: list[tuple[int, int, int, int]], memory: U8) -> _native.WeightStream:
         reader, depth, request_bytes, direct = self._options
         paths = [str(self._packed.path / file) for file in self._files]
+        sums, first = None, []
+        if self._sums is not None:
+            sums, first = self._sums.values, [self._sums.first[file] for file in self._files]
         try:
-            return _native.open_stream(paths, pieces, memory, reader, depth, request_bytes, direct)
+            return _native.open_stream(
+                paths, pieces, memory, reader, depth, request_bytes, direct, sums, first
+            )
         except RuntimeError as error:  # std::system_error: a file that is gone, a reader refused
             raise DeviceError(f"flash: {error}; check the model's files, or the reader") from None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -16,6 +16,7 @@ from elute.errors import FormatError, UnsupportedError
 from elute.formats import packed_layout as layout
 from elute.formats.packed_layout import MatrixRecord, VectorRecord
 from elute.formats.packed_writer import PackedWriter
+from elute.formats.page_sums import PageSums
 from elute.formats.safetensors import SafetensorsFile, parse_json
 from elute.types import F32, I32, PANEL, Affine, PackedMatrix, TokenizerFiles
 
@@ -28,6 +29,41 @@ _CONVERT = "convert the model again"
 class FileRecord:
     size: int
     sha256: str
+
+
+@dataclass(frozen=True, eq=False)
+class Manifest:
+    """elute.json, checked in itself and against the sizes of the files that it lists."""
+
+    source: str
+    recipe: Mapping[str, Any]
+    records: Mapping[str, MatrixRecord | VectorRecord]
+    files: Mapping[str, FileRecord]
+
+    @classmethod
+    def read(cls, path: Path) -> Manifest:
+        """Raises FormatError, and UnsupportedError for a layout newer than this version's."""
+        where = f"{path / layout.MANIFEST}"
+        manifest = _object(path / layout.MANIFEST)
+        _check_layout(manifest, where=where)
+        files = _file_records(manifest.get("files"), path, where=f"{where}: files")
+        for name in (layout.CONFIG, layout.TOKENIZER, layout.TOKENIZER_CONFIG):
+            if name not in files:
+                raise FormatError(f"{where}: files lists no {name}; {_CONVERT}")
+        tensors = layout.mapping(manifest.get("tensors"), where=f"{where}: tensors")
+        records = {
+            name: layout.record_from_json(value, where=f"{where}: {name}")
+            for name, value in tensors.items()
+        }
+        for name, record in records.items():
+            if record.file not in files:
+                raise FormatError(f"{where}: {name}: files lists no {record.file}; {_CONVERT}")
+        return cls(
+            source=_string(manifest.get("source"), where=f"{where}: source"),
+            recipe=layout.mapping(manifest.get("recipe") or {}, where=f"{where}: recipe"),
+            records=records,
+            files=files,
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,32 +86,20 @@ class PackedModel:
         sizes of all tensors agree; UnsupportedError for a layout newer than this version's.
         """
         path = Path(path)
-        where = f"{path / layout.MANIFEST}"
-        manifest = _object(path / layout.MANIFEST)
-        _check_layout(manifest, where=where)
-        files = _file_records(manifest.get("files"), path, where=f"{where}: files")
-        for name in (layout.CONFIG, layout.TOKENIZER, layout.TOKENIZER_CONFIG):
-            if name not in files:
-                raise FormatError(f"{where}: files lists no {name}; {_CONVERT}")
-        tensors = layout.mapping(manifest.get("tensors"), where=f"{where}: tensors")
-        records = {
-            name: layout.record_from_json(value, where=f"{where}: {name}")
-            for name, value in tensors.items()
+        manifest = Manifest.read(path)
+        shards = {
+            file: SafetensorsFile.open(path / file)
+            for file in dict.fromkeys(record.file for record in manifest.records.values())
         }
-        shards: dict[str, SafetensorsFile] = {}
-        for name, record in records.items():
-            if record.file not in files:
-                raise FormatError(f"{where}: {name}: files lists no {record.file}; {_CONVERT}")
-            if record.file not in shards:
-                shards[record.file] = SafetensorsFile.open(path / record.file)
+        for name, record in manifest.records.items():
             _check_tensors(name, record, shards[record.file])
         return cls(
             path=path,
-            source=_string(manifest.get("source"), where=f"{where}: source"),
-            recipe=layout.mapping(manifest.get("recipe") or {}, where=f"{where}: recipe"),
+            source=manifest.source,
+            recipe=manifest.recipe,
             config=_object(path / layout.CONFIG),
-            records=records,
-            files=files,
+            records=manifest.records,
+            files=manifest.files,
             shards=shards,
         )
 
@@ -91,6 +115,17 @@ class PackedModel:
                 raise FormatError(
                     f"{self.path / name}: sha256 is {found}, wanted {record.sha256}; {_CONVERT}"
                 )
+
+    def page_sums(self) -> PageSums:
+        """What every page of the weight files must sum to.
+
+        Raises UnsupportedError for a folder without them, FormatError when their file is damaged.
+        """
+        if layout.PAGE_SUMS not in self.files:
+            raise UnsupportedError(
+                f"{self.path}: found no {layout.PAGE_SUMS}, the checksums of its pages; {_CONVERT}"
+            )
+        return read_page_sums(self.path, self.files, self.shards)
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -161,6 +196,21 @@ class PackedModel:
     def _part(self, name: str, part: layout.Part) -> npt.NDArray[Any]:
         stored = self.shards[self.records[name].file].tensor(name + part.suffix)
         return stored[: part.n_bytes // part.item_bytes]
+
+
+def read_page_sums(
+    path: Path, files: Mapping[str, FileRecord], shards: Collection[str]
+) -> PageSums:
+    """Of the weight files `shards`. Raises FormatError when their file is damaged."""
+    file = path / layout.PAGE_SUMS
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    found, wanted = hashlib.sha256(data).hexdigest(), files[layout.PAGE_SUMS].sha256
+    if found != wanted:
+        raise FormatError(f"{file}: sha256 is {found}, wanted {wanted}; {_CONVERT}")
+    return PageSums.parse(data, {name: files[name].size for name in shards}, where=str(file))
 
 
 def _check_layout(manifest: Mapping[str, Any], *, where: str) -> None:

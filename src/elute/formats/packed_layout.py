@@ -21,6 +21,7 @@ TOKENIZER = "tokenizer.json"
 TOKENIZER_CONFIG = "tokenizer_config.json"
 GENERATION_CONFIG = "generation_config.json"
 CHAT_TEMPLATE = "chat_template.jinja"
+PAGE_SUMS = "pages.crc32c"  # absent in folders that were written before there was one
 
 ALIGNMENT = 4096  # a page, and the strictest O_DIRECT alignment in use
 OVER_READ = 64  # readable bytes after the planes: one AVX-512 register beyond the last quad

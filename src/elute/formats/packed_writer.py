@@ -19,7 +19,8 @@ import numpy.typing as npt
 from elute.errors import EluteError, FormatError, ShapeError
 from elute.formats import packed_layout as layout
 from elute.formats.atomic_directory import atomic_directory, disk_errors
-from elute.types import F16, F32, PANEL, Affine, PackedMatrix, TokenizerFiles
+from elute.formats.page_sums import PageSummer
+from elute.types import F16, F32, PANEL, U32, Affine, PackedMatrix, TokenizerFiles
 
 MAX_SHARD_BYTES = 4_000_000_000  # below 4 GiB, the largest file that some file systems hold
 _ENTRY_BYTES = 128  # a header entry apart from its name: keys, a dtype, one size and two offsets
@@ -61,6 +62,7 @@ class PackedWriter:
         self._max_shard_bytes = max_shard_bytes
         self._records: dict[str, layout.MatrixRecord | layout.VectorRecord] = {}
         self._files: dict[str, dict[str, Any]] = {}
+        self._sums: dict[str, U32] = {}  # of the pages of the weight files
         self._shard: _Shard | None = None
         self._stack = ExitStack()
         with disk_errors(self._out):
@@ -177,7 +179,7 @@ class PackedWriter:
 
     def _close_shard(self) -> None:
         if self._shard is not None:
-            self._shard.finish()
+            self._sums[self._shard.name] = self._shard.finish()
             self._list_file(self._shard.name)
             self._shard = None
 
@@ -190,6 +192,9 @@ class PackedWriter:
         self._add_file(layout.GENERATION_CONFIG, _json(tokenizer.generation_config))
         if tokenizer.chat_template is not None:
             self._add_file(layout.CHAT_TEMPLATE, tokenizer.chat_template)
+        sums = b"".join(self._sums[name].astype("<u4").tobytes() for name in sorted(self._sums))
+        _write_synced(self._directory / layout.PAGE_SUMS, sums)
+        self._list_file(layout.PAGE_SUMS)
         manifest = {
             "format": layout.FORMAT,
             "layout": layout.LAYOUT,
@@ -198,10 +203,10 @@ class PackedWriter:
             "files": self._files,
             "tensors": {name: record.to_json() for name, record in self._records.items()},
         }
-        _write_synced(self._directory / layout.MANIFEST, _json(manifest))
+        _write_synced(self._directory / layout.MANIFEST, _utf8(layout.MANIFEST, _json(manifest)))
 
     def _add_file(self, name: str, text: str) -> None:
-        _write_synced(self._directory / name, text)
+        _write_synced(self._directory / name, _utf8(name, text))
         self._list_file(name)
 
     def _list_file(self, name: str) -> None:
@@ -224,6 +229,7 @@ class _Shard:
         self._file = io.FileIO(path, "x")
         self._file.seek(self._data_start)
         self._at = 0
+        self._summer = PageSummer()  # of the data
         self._entries: dict[str, Any] = {"__metadata__": {"format": layout.FORMAT}}
 
     @property
@@ -231,7 +237,12 @@ class _Shard:
         return self._data_start + self._at
 
     def write(self, values: npt.NDArray[Any]) -> None:
-        view = np.ascontiguousarray(values).data.cast("B")
+        values = np.ascontiguousarray(values)
+        self._summer.add(values)
+        self._write(values)
+
+    def _write(self, values: npt.NDArray[Any]) -> None:
+        view = values.data.cast("B")
         while view:  # a raw write may be short, above all just before the disk is full
             written = self._file.write(view)
             assert written, "a blocking file wrote nothing"
@@ -263,15 +274,19 @@ class _Shard:
         }
         self._at = end
 
-    def finish(self) -> None:
+    def finish(self) -> U32:
+        """Writes the header. -> the sums of the file's pages"""
         header = json.dumps(self._entries, separators=(",", ":")).encode()
         room = self._data_start - 8
         assert len(header) <= room, "the header outgrew the room kept for it"
         self._file.seek(0)
-        prefix = room.to_bytes(8, "little") + header.ljust(room)
-        self.write(np.frombuffer(prefix, np.uint8))
+        prefix = np.frombuffer(room.to_bytes(8, "little") + header.ljust(room), np.uint8)
+        self._write(prefix)
         os.fsync(self._file.fileno())
         self._file.close()
+        of_header = PageSummer()
+        of_header.add(prefix)
+        return np.concatenate([of_header.sums(), self._summer.sums()])
 
     def abandon(self) -> None:
         self._file.close()
@@ -316,13 +331,16 @@ def _plain(value: Any) -> Any:
     raise TypeError(f"{type(value).__name__} has no JSON form")
 
 
-def _write_synced(path: Path, text: str) -> None:
+def _utf8(name: str, text: str) -> bytes:
     try:
-        body = text.encode()
+        return text.encode()
     except UnicodeEncodeError as error:
         raise FormatError(
-            f"{path.name}: cannot be written ({error.reason}); repair the source's text"
+            f"{name}: cannot be written ({error.reason}); repair the source's text"
         ) from None
+
+
+def _write_synced(path: Path, body: bytes) -> None:
     with path.open("xb") as file:
         file.write(body)
         file.flush()

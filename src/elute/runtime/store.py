@@ -58,13 +58,28 @@ def open_packed(
     cache_dir: Path | None = None,
     progress: Progress | None = None,
 ) -> PackedModel:
-    """The packed model of a path, hub id or "default", fetched and packed into the cache.
+    """The packed model of packed_folder, which takes the same."""
+    from elute.formats.packed import PackedModel
+
+    return PackedModel.open(
+        packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
+    )
+
+
+def packed_folder(
+    model: str,
+    *,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> Path:
+    """The packed folder of a path, hub id or "default", fetched and packed into the cache.
 
     Raises UnsupportedError when a packed folder is asked to be packed otherwise, and as resolve,
     open_checkpoint and convert do.
     """
     from elute.formats import sources
-    from elute.formats.packed import PackedModel
 
     chosen = choose_recipe(bits, recipe)
     source = fetch(model, cache_dir=cache_dir, progress=progress)
@@ -74,12 +89,12 @@ def open_packed(
                 f"{source.path}: is packed already and cannot be packed otherwise; leave bits and "
                 "recipe out, or give the model that it was made from"
             )
-        return PackedModel.open(source.path)
+        return source.path
     target = (cache_dir or sources.cache_dir()) / "packed" / cache_name(source, chosen)
     if is_packed(target):
-        return PackedModel.open(target)
+        return target
     log.info("%s: converting into %s", source.id, target)
-    return pack_checkpoint(source.path, target, chosen, progress=progress)
+    return pack_checkpoint(source.path, target, chosen, progress=progress).path
 
 
 def fetch(model: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Source:

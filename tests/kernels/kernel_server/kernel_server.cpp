@@ -9,6 +9,7 @@
 #include "activations.h"
 #include "attention_call.h"
 #include "bench.h"
+#include "crc32c.h"
 #include "executor.h"
 #include "matmul_rows.h"
 #include "wire.h"
@@ -387,6 +388,30 @@ void add_executor_calls(Calls& calls) {
   };
 }
 
+const Crc32c& crc32c_named(const std::string& level) {
+  for (const Crc32c& crc : crc32c_levels())
+    if (crc.name == level) return crc;
+  throw std::invalid_argument("crc32c: found '" + level + "', wanted one that this CPU runs");
+}
+
+void add_crc32c_calls(Calls& calls) {
+  calls["crc32c_levels"] = [](Request&, Reply& out) {
+    for (const Crc32c& crc : crc32c_levels()) out.add(std::string(crc.name));
+  };
+  calls["crc32c"] = [](Request& in, Reply& out) {
+    const Crc32c& crc = crc32c_named(in.text());
+    const auto data = in.array<uint8_t>();
+    out.add(int64_t{crc.of(data.data(), data.size())});
+  };
+  calls["crc32c_pages"] = [](Request& in, Reply& out) {
+    const Crc32c& crc = crc32c_named(in.text());
+    const auto data = in.array<uint8_t>();
+    std::vector<uint32_t> sums(data.size() / kSummedPage);
+    crc.of_pages(data.data(), static_cast<int64_t>(sums.size()), sums.data());
+    out.add(reinterpret_cast<const int32_t*>(sums.data()), {sums.size()});
+  };
+}
+
 int serve() {
   Calls calls;
   calls["isas"] = [](Request&, Reply& out) {
@@ -396,6 +421,7 @@ int serve() {
   add_matmul_calls(calls);
   add_float_calls(calls);
   add_executor_calls(calls);
+  add_crc32c_calls(calls);
   for (Request in; in.receive();) {
     Reply reply;
     try {
