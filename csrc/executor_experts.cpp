@@ -93,7 +93,7 @@ void Executor::run_all(const ExpertsOp& op, const Call& call, Walk& walk) {
     const bool tables = std::any_of(plan.picked.begin(), plan.picked.end(), looks_in);
     const int n_parts = std::clamp(widths_[op.input] / kLeastChannels, 1, n_threads());
     walk.share(n_parts, [&](int part) {
-      quantize_rows(op.input, {}, widths_[op.input], {0, 1}, Slice{{0, 1}, part, n_parts}, tables, walk.thread());
+      quantize_rows(op.input, {}, -1, widths_[op.input], {0, 1}, Slice{{0, 1}, part, n_parts}, tables, walk.thread());
     });
   } else {
     quantize_slots(plan, call.n * op.top_k, widths_[op.input], looks_in,

@@ -101,6 +101,25 @@ class PackedMatrix:
         return -(-self.shape[0] // PANEL)
 
 
+@dataclass(frozen=True, eq=False)
+class InBank:
+    """A matrix whose codes lie in channel order in the rows of a bank; see docs/packed-format.md.
+
+    scales, offsets  as in PackedMatrix
+    offset           of the matrix within each row, bytes
+    """
+
+    shape: tuple[int, int]
+    scales: F16
+    offsets: F16 | None
+    affine: Affine
+    zero: int
+    bits: int
+    group_size: int
+    bank: str
+    offset: int
+
+
 @dataclass(frozen=True)
 class TokenizerFiles:
     """A tokenizer as Hugging Face folders hold it."""

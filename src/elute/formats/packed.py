@@ -14,11 +14,11 @@ import numpy.typing as npt
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats import packed_layout as layout
-from elute.formats.packed_layout import MatrixRecord, VectorRecord
+from elute.formats.packed_layout import BankRecord, MatrixRecord, VectorRecord
 from elute.formats.packed_writer import PackedWriter
 from elute.formats.page_sums import PageSums
 from elute.formats.safetensors import SafetensorsFile, parse_json
-from elute.types import F32, I32, PANEL, Affine, PackedMatrix, TokenizerFiles
+from elute.types import F32, I32, PANEL, U8, Affine, InBank, PackedMatrix, TokenizerFiles
 
 __all__ = ["PackedModel", "PackedWriter"]
 
@@ -38,6 +38,7 @@ class Manifest:
     source: str
     recipe: Mapping[str, Any]
     records: Mapping[str, MatrixRecord | VectorRecord]
+    banks: Mapping[str, BankRecord]
     files: Mapping[str, FileRecord]
 
     @classmethod
@@ -55,13 +56,21 @@ class Manifest:
             name: layout.record_from_json(value, where=f"{where}: {name}")
             for name, value in tensors.items()
         }
-        for name, record in records.items():
-            if record.file not in files:
-                raise FormatError(f"{where}: {name}: files lists no {record.file}; {_CONVERT}")
+        banks = {
+            name: layout.bank_from_json(value, where=f"{where}: {name}")
+            for name, value in layout.mapping(
+                manifest.get("banks") or {}, where=f"{where}: banks"
+            ).items()
+        }
+        for name, listed in (*records.items(), *banks.items()):
+            if listed.file not in files:
+                raise FormatError(f"{where}: {name}: files lists no {listed.file}; {_CONVERT}")
+        layout.check_banks(records, banks, where=where)
         return cls(
             source=_string(manifest.get("source"), where=f"{where}: source"),
             recipe=layout.mapping(manifest.get("recipe") or {}, where=f"{where}: recipe"),
             records=records,
+            banks=banks,
             files=files,
         )
 
@@ -75,6 +84,7 @@ class PackedModel:
     recipe: Mapping[str, Any]
     config: Mapping[str, Any]
     records: Mapping[str, MatrixRecord | VectorRecord]  # by tensor name, in the order written
+    banks: Mapping[str, BankRecord]  # of channels, by name
     files: Mapping[str, FileRecord]
     shards: Mapping[str, SafetensorsFile]
 
@@ -89,8 +99,12 @@ class PackedModel:
         manifest = Manifest.read(path)
         shards = {
             file: SafetensorsFile.open(path / file)
-            for file in dict.fromkeys(record.file for record in manifest.records.values())
+            for file in dict.fromkeys(
+                record.file for record in (*manifest.records.values(), *manifest.banks.values())
+            )
         }
+        for name, bank in manifest.banks.items():
+            _check_part(name, bank.part(), shards[bank.file])
         for name, record in manifest.records.items():
             _check_tensors(name, record, shards[record.file])
         return cls(
@@ -99,6 +113,7 @@ class PackedModel:
             recipe=manifest.recipe,
             config=_object(path / layout.CONFIG),
             records=manifest.records,
+            banks=manifest.banks,
             files=manifest.files,
             shards=shards,
         )
@@ -145,11 +160,17 @@ class PackedModel:
     def matrix(self, name: str) -> PackedMatrix:
         """Views of the mapped file; at least OVER_READ readable bytes follow the planes.
 
-        Raises FormatError when there is no such matrix or its columns are no permutation.
+        Raises FormatError when there is no such matrix or its columns are no permutation,
+        UnsupportedError for one in channel order, of which `in_bank` tells.
         """
         record = self.records.get(name)
         if not isinstance(record, MatrixRecord):
             raise FormatError(f"{self.path}: found no matrix {name!r}; {_CONVERT}")
+        if record.bank is not None:
+            raise UnsupportedError(
+                f"{self.path}: {name} is stored in channel order, wanted panels; use the folder "
+                "that it was made from"
+            )
         parts = {part.suffix: self._part(name, part) for part in record.parts()}
         group_shape = (record.n_panels, record.n_groups, PANEL)
         columns: I32 | None = parts.get(".columns")
@@ -171,6 +192,32 @@ class PackedModel:
             columns=columns,
         )
 
+    def in_bank(self, name: str) -> InBank | None:
+        """A matrix in channel order, its scales as views of the mapped file; None for others."""
+        record = self.records.get(name)
+        if not isinstance(record, MatrixRecord) or record.bank is None:
+            return None
+        parts = {part.suffix: self._part(name, part) for part in record.parts()}
+        group_shape = (record.n_panels, record.n_groups, PANEL)
+        symmetric = record.affine is Affine.SYMMETRIC
+        return InBank(
+            shape=record.shape,
+            scales=parts[".scales"].reshape(group_shape),
+            offsets=None if symmetric else parts[".offsets"].reshape(group_shape),
+            affine=record.affine,
+            zero=record.zero,
+            bits=record.bits,
+            group_size=record.group_size,
+            bank=record.bank,
+            offset=record.bank_offset,
+        )
+
+    def bank(self, name: str) -> U8:
+        """Blocks u8 [n_blocks, block_bytes] of a bank, a view of the mapped file."""
+        record = self.banks[name]
+        stored: U8 = self.shards[record.file].tensor(name + record.part().suffix)
+        return stored[: record.n_bytes].reshape(record.n_blocks, record.block_bytes)
+
     def vector(self, name: str) -> F32:
         """A view f32 [L] or [N, K] of the mapped file. Raises FormatError when there is none."""
         record = self.records.get(name)
@@ -183,7 +230,8 @@ class PackedModel:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights, padding apart."""
-        return sum(part.n_bytes for record in self.records.values() for part in record.parts())
+        parts = sum(part.n_bytes for record in self.records.values() for part in record.parts())
+        return parts + sum(bank.n_bytes for bank in self.banks.values())
 
     @cached_property
     def bits_per_weight(self) -> float:
@@ -191,6 +239,7 @@ class PackedModel:
         matrices = [r for r in self.records.values() if isinstance(r, MatrixRecord)]
         n_weights = sum(record.shape[0] * record.shape[1] for record in matrices)
         n_bytes = sum(part.n_bytes for record in matrices for part in record.parts())
+        n_bytes += sum(bank.n_bytes for bank in self.banks.values())
         return 8 * n_bytes / n_weights if n_weights else 0.0
 
     def _part(self, name: str, part: layout.Part) -> npt.NDArray[Any]:
@@ -221,10 +270,10 @@ def _check_layout(manifest: Mapping[str, Any], *, where: str) -> None:
     version = manifest.get("layout")
     if not isinstance(version, int) or isinstance(version, bool) or version < 1:
         raise FormatError(f"{where}: layout is {version!r}, wanted an integer from 1; {_CONVERT}")
-    if version > layout.LAYOUT:
+    if version > layout.NEWEST_LAYOUT:
         raise UnsupportedError(
-            f"{where}: layout is {version}, newer than the {layout.LAYOUT} that this version "
-            f"reads; upgrade elute"
+            f"{where}: layout is {version}, newer than the {layout.NEWEST_LAYOUT} that this "
+            f"version reads; upgrade elute"
         )
 
 
@@ -248,14 +297,18 @@ def _file_records(value: Any, path: Path, *, where: str) -> dict[str, FileRecord
 
 def _check_tensors(name: str, record: MatrixRecord | VectorRecord, shard: SafetensorsFile) -> None:
     for part in record.parts():
-        entry = shard.entry(name + part.suffix)
-        found = (entry.dtype, entry.shape, entry.offset % layout.ALIGNMENT)
-        if found != (part.dtype, (part.stored_items,), 0):
-            raise FormatError(
-                f"{shard.path}: {name}{part.suffix} is {entry.dtype} {list(entry.shape)} at byte "
-                f"{entry.offset}, wanted {part.dtype} [{part.stored_items}] at a multiple of "
-                f"{layout.ALIGNMENT}; {_CONVERT}"
-            )
+        _check_part(name, part, shard)
+
+
+def _check_part(name: str, part: layout.Part, shard: SafetensorsFile) -> None:
+    entry = shard.entry(name + part.suffix)
+    found = (entry.dtype, entry.shape, entry.offset % layout.ALIGNMENT)
+    if found != (part.dtype, (part.stored_items,), 0):
+        raise FormatError(
+            f"{shard.path}: {name}{part.suffix} is {entry.dtype} {list(entry.shape)} at byte "
+            f"{entry.offset}, wanted {part.dtype} [{part.stored_items}] at a multiple of "
+            f"{layout.ALIGNMENT}; {_CONVERT}"
+        )
 
 
 def _is_permutation(columns: I32) -> bool:

@@ -14,7 +14,9 @@ from elute.errors import FormatError
 from elute.types import ACT_BLOCK, LUT_WIDTH, PANEL, Affine
 
 FORMAT = "elute-packed"
-LAYOUT = 1  # readers accept this and older; raised when the meaning of any byte changes
+LAYOUT = 1  # raised when the meaning of any byte changes
+CHANNEL_LAYOUT = 2  # of folders that hold banks of channels
+NEWEST_LAYOUT = CHANNEL_LAYOUT  # readers accept this and older
 MANIFEST = "elute.json"
 CONFIG = "config.json"
 TOKENIZER = "tokenizer.json"
@@ -26,6 +28,7 @@ PAGE_SUMS = "pages.crc32c"  # absent in folders that were written before there w
 ALIGNMENT = 4096  # a page, and the strictest O_DIRECT alignment in use
 OVER_READ = 64  # readable bytes after the planes: one AVX-512 register beyond the last quad
 MIN_GROUP = 16
+TILE = 128  # outputs that lie together in a row of the channel order
 _MAX_SIDE = 1 << 30  # rows and columns, rounded up to panels and blocks, are int32 in the kernels
 
 
@@ -73,6 +76,8 @@ class MatrixRecord:
     zero: int  # 0 unless SYMMETRIC
     columns: bool  # whether a column order is stored
     file: str
+    bank: str | None = None  # whose rows hold the codes, in channel order; None: planes
+    bank_offset: int = 0  # of this matrix within each row
 
     @property
     def n_panels(self) -> int:
@@ -82,10 +87,21 @@ class MatrixRecord:
     def n_groups(self) -> int:
         return self.shape[1] // self.group_size
 
+    @property
+    def planes_bytes(self) -> int:
+        """In panel order, padding apart."""
+        return self.n_panels * (self.shape[1] // LUT_WIDTH) * (PANEL // 2) * self.bits
+
+    @property
+    def row_bytes(self) -> int:
+        """Of a channel, in channel order."""
+        return -(-self.shape[0] // TILE) * (TILE // 8) * self.bits
+
     def parts(self) -> Iterator[Part]:
         """In the order in which they lie in the file."""
         k = self.shape[1]
-        yield Part(".planes", "U8", 1, self.n_panels * (k // LUT_WIDTH) * (PANEL // 2) * self.bits)
+        if self.bank is None:
+            yield Part(".planes", "U8", 1, self.planes_bytes)
         group_bytes = self.n_panels * self.n_groups * PANEL * 2
         yield Part(".scales", "F16", 2, group_bytes)
         if self.affine is not Affine.SYMMETRIC:
@@ -102,7 +118,88 @@ class MatrixRecord:
             "zero": self.zero,
             "columns": self.columns,
             "file": self.file,
+            **({} if self.bank is None else {"bank": self.bank, "bank_offset": self.bank_offset}),
         }
+
+
+@dataclass(frozen=True)
+class BankRecord:
+    """What elute.json says of a bank: the rows of input channels, several matrices' side by side,
+    in blocks of whole pages."""
+
+    n_rows: int  # K of its matrices
+    row_bytes: int
+    rows_per_block: int
+    file: str
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_rows // self.rows_per_block)
+
+    @property
+    def block_bytes(self) -> int:
+        return align(self.rows_per_block * self.row_bytes)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_blocks * self.block_bytes
+
+    def part(self) -> Part:
+        return Part(".channels", "U8", 1, self.n_bytes)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "n_rows": self.n_rows,
+            "row_bytes": self.row_bytes,
+            "rows_per_block": self.rows_per_block,
+            "file": self.file,
+        }
+
+
+def rows_per_block(row_bytes: int) -> int:
+    """The fewest rows of which at most an eighth of a block is padding."""
+    return next(
+        rows
+        for rows in range(1, ALIGNMENT + 1)
+        if align(rows * row_bytes) <= rows * row_bytes * 9 / 8
+    )
+
+
+def bank_from_json(value: Any, *, where: str) -> BankRecord:
+    """Raises FormatError unless every field is present, typed and in its range."""
+    fields = mapping(value, where=where)
+    return BankRecord(
+        n_rows=_integer(fields.get("n_rows"), 1, _MAX_SIDE, where=f"{where}: n_rows"),
+        row_bytes=_integer(fields.get("row_bytes"), 1, _MAX_SIDE, where=f"{where}: row_bytes"),
+        rows_per_block=_integer(
+            fields.get("rows_per_block"), 1, ALIGNMENT, where=f"{where}: rows_per_block"
+        ),
+        file=plain_name(fields.get("file"), where=where),
+    )
+
+
+def check_banks(
+    records: Mapping[str, MatrixRecord | VectorRecord],
+    banks: Mapping[str, BankRecord],
+    *,
+    where: str,
+) -> None:
+    """Raises FormatError unless every matrix that names a bank lies in its rows."""
+    for name, record in records.items():
+        if not isinstance(record, MatrixRecord) or record.bank is None:
+            continue
+        bank = banks.get(record.bank)
+        if bank is None:
+            raise FormatError(
+                f"{where}: {name}: found no bank {record.bank!r}; convert the model again"
+            )
+        end = record.bank_offset + record.row_bytes
+        if bank.n_rows != record.shape[1] or end > bank.row_bytes or record.columns:
+            raise FormatError(
+                f"{where}: {name}: K={record.shape[1]} and bytes {record.bank_offset} to {end} of "
+                f"a row do not fit the bank of {bank.n_rows} rows of {bank.row_bytes} bytes; "
+                "convert the model again"
+            )
 
 
 @dataclass(frozen=True)
@@ -153,7 +250,13 @@ def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
         raise FormatError(
             f"{where}: columns is {columns!r}, wanted true or false; convert the model again"
         )
-    return MatrixRecord((n, k), bits, group_size, affine, zero, columns, file)
+    bank = fields.get("bank")
+    if bank is not None and not isinstance(bank, str):
+        raise FormatError(f"{where}: bank is {bank!r}, wanted a name; convert the model again")
+    bank_offset = _integer(
+        fields.get("bank_offset", 0), 0, _MAX_SIDE, where=f"{where}: bank_offset"
+    )
+    return MatrixRecord((n, k), bits, group_size, affine, zero, columns, file, bank, bank_offset)
 
 
 def mapping(value: Any, *, where: str) -> Mapping[str, Any]:

@@ -20,7 +20,7 @@ from elute.errors import EluteError, FormatError, ShapeError
 from elute.formats import packed_layout as layout
 from elute.formats.atomic_directory import atomic_directory, disk_errors
 from elute.formats.page_sums import PageSummer
-from elute.types import F16, F32, PANEL, U32, Affine, PackedMatrix, TokenizerFiles
+from elute.types import F16, F32, PANEL, U8, U32, Affine, InBank, PackedMatrix, TokenizerFiles
 
 MAX_SHARD_BYTES = 4_000_000_000  # below 4 GiB, the largest file that some file systems hold
 _ENTRY_BYTES = 128  # a header entry apart from its name: keys, a dtype, one size and two offsets
@@ -61,6 +61,7 @@ class PackedWriter:
         self._overwrite = overwrite
         self._max_shard_bytes = max_shard_bytes
         self._records: dict[str, layout.MatrixRecord | layout.VectorRecord] = {}
+        self._banks: dict[str, layout.BankRecord] = {}
         self._files: dict[str, dict[str, Any]] = {}
         self._sums: dict[str, U32] = {}  # of the pages of the weight files
         self._shard: _Shard | None = None
@@ -136,6 +137,44 @@ class PackedWriter:
                     shard.write_tensor(name, part, bodies[part.suffix])
         self._records[name] = record
 
+    def add_bank(self, name: str, row_bytes: int, rows: U8) -> None:
+        """Writes rows u8 [K, row_bytes] of input channels, in blocks. name: of a matrix in it.
+
+        Raises BudgetError when the disk is full.
+        """
+        per_block = layout.rows_per_block(row_bytes)
+        record = layout.BankRecord(rows.shape[0], row_bytes, per_block, "")
+        blocks = np.zeros((record.n_blocks, record.block_bytes), np.uint8)
+        whole = np.zeros((record.n_blocks * per_block, row_bytes), np.uint8)
+        whole[: rows.shape[0]] = rows
+        blocks[:, : per_block * row_bytes] = whole.reshape(record.n_blocks, -1)
+        shard = self._shard_for(name, record.part().stored_bytes)
+        with disk_errors(self._out):
+            shard.write_tensor(name, record.part(), blocks)
+        self._banks[name] = replace(record, file=shard.name)
+
+    def add_in_bank(self, name: str, matrix: InBank) -> None:
+        """Writes the scales and offsets of a matrix whose codes lie in a bank that was added."""
+        record = layout.MatrixRecord(
+            shape=matrix.shape,
+            bits=matrix.bits,
+            group_size=matrix.group_size,
+            affine=matrix.affine,
+            zero=matrix.zero,
+            columns=False,
+            file="",
+            bank=matrix.bank,
+            bank_offset=matrix.offset,
+        )
+        shard = self._shard_for(name, sum(part.stored_bytes for part in record.parts()))
+        bodies = {".scales": matrix.scales, ".offsets": matrix.offsets}
+        with disk_errors(self._out):
+            for part in record.parts():
+                body = bodies[part.suffix]
+                assert body is not None
+                shard.write_tensor(name, part, body)
+        self._records[name] = replace(record, file=shard.name)
+
     def add_vector(self, name: str, values: F32) -> None:
         """Writes f32 [L], or [N, K] as it is. Raises ShapeError for other ranks and no values."""
         if values.ndim not in (1, 2) or not values.size:
@@ -197,12 +236,14 @@ class PackedWriter:
         self._list_file(layout.PAGE_SUMS)
         manifest = {
             "format": layout.FORMAT,
-            "layout": layout.LAYOUT,
+            "layout": layout.CHANNEL_LAYOUT if self._banks else layout.LAYOUT,
             "source": self._source,
             "recipe": self._recipe,
             "files": self._files,
             "tensors": {name: record.to_json() for name, record in self._records.items()},
         }
+        if self._banks:
+            manifest["banks"] = {name: bank.to_json() for name, bank in self._banks.items()}
         _write_synced(self._directory / layout.MANIFEST, _utf8(layout.MANIFEST, _json(manifest)))
 
     def _add_file(self, name: str, text: str) -> None:
@@ -219,7 +260,7 @@ class _Shard:
     """One safetensors file: data is streamed behind room for the header, which is written last."""
 
     def __init__(self, path: Path, names: frozenset[str]) -> None:
-        most_parts = 4  # planes, scales, offsets, columns
+        most_parts = 4  # planes or channels, scales, offsets, columns
         room = sum(
             most_parts * (len(json.dumps(name)) + len(".offsets") + _ENTRY_BYTES) for name in names
         )
