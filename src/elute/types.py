@@ -77,6 +77,20 @@ class QuantizedMatrix:
         return in_order
 
 
+@dataclass(frozen=True)
+class StoredCodes:
+    """What a QuantizedMatrix is beside its arrays.
+
+    order  tells column orders apart: equal ones are equal bytes; None: channels are in order
+    """
+
+    bits: int
+    group_size: int
+    affine: Affine
+    zero: int
+    order: bytes | None = None
+
+
 @dataclass(frozen=True, eq=False)
 class PackedMatrix:
     """A QuantizedMatrix as quads; see docs/packed-format.md for the bytes.
@@ -150,6 +164,12 @@ class Checkpoint(Protocol):
     def names(self) -> Sequence[str]: ...
 
     def shape(self, name: str) -> tuple[int, ...]: ...
+
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        """How `read` would give a matrix, without reading its codes; None: as floats.
+
+        headers_only  no tensor's bytes may be read: what they would tell follows from the config
+        """
 
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Float tensors as stored (f32, f16 or bf16); quantized ones as codes."""

@@ -25,6 +25,7 @@ class Hub:
         self.status: int | None = None  # answer everything with this
         self.error_code: str | None = None  # X-Error-Code beside it
         self.url = ""
+        self.sent_bytes = 0  # of files
 
     def gets(self, file: str) -> list[str | None]:
         """The Range of each GET of a file."""
@@ -106,15 +107,19 @@ def _handler(hub: Hub) -> type[BaseHTTPRequestHandler]:
                 "Accept_Ranges": "bytes",
             }
             status, first = 200, 0
-            if ranged := re.fullmatch(r"bytes=(\d+)-", self.headers.get("Range", "")):
+            end = len(data)
+            if ranged := re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", "")):
                 status, first = 206, int(ranged[1])
-                headers["Content_Range"] = f"bytes {first}-{len(data) - 1}/{len(data)}"
-            body = data[first:]
+                end = min(end, int(ranged[2]) + 1) if ranged[2] else end
+                headers["Content_Range"] = f"bytes {first}-{end - 1}/{len(data)}"
+            body = data[first:end]
             headers["Content_Length"] = str(len(body))
             breaks = hub.break_after.get(name, [])
             if self.command == "GET" and breaks:
                 body = body[: breaks.pop(0)]
                 self.close_connection = True
+            if self.command == "GET":
+                hub.sent_bytes += len(body)
             self.answer(status, body, **headers)
 
     return Handler

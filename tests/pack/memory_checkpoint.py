@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 
-from elute.types import QuantizedMatrix, TokenizerFiles
+from elute.types import QuantizedMatrix, StoredCodes, TokenizerFiles
 
 Tensor = np.ndarray | QuantizedMatrix
 
@@ -41,3 +41,10 @@ class MemoryCheckpoint:
     def read(self, name: str) -> Tensor:
         tensor = self.tensors[name]
         return tensor[1]() if isinstance(tensor, tuple) else tensor
+
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        tensor = self.read(name)
+        if not isinstance(tensor, QuantizedMatrix):
+            return None
+        order = None if tensor.columns is None else tensor.columns.tobytes()
+        return StoredCodes(tensor.bits, tensor.group_size, tensor.affine, tensor.zero, order)

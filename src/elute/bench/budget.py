@@ -1,42 +1,125 @@
-"""What a budget of memory gives on this machine: the plan, and the rate that its bounds allow."""
+"""What a budget of memory gives on this machine: the plan, and the rate to expect.
+
+Two rates are told. The bound is what reading alone allows: no order of work is faster. The expected
+one is a walk through the plan (flash/walk.py) with the disk's measured rate and this machine's
+measured pace; `plan` and the last lines of a run take it from the same function, `predict`.
+"""
 
 from __future__ import annotations
 
+import os
+import tempfile
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
-from elute.bench.traffic import traffic
+from elute.bench.pace import Pace, measured_pace
 from elute.errors import DeviceError
-from elute.flash.plan import Plan
-from elute.flash.weights import DEPTH, REQUEST_BYTES, pages
-from elute.kernels import kv_cache
+from elute.flash.plan import Plan, Use
+from elute.flash.walk import walk
+from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
+from elute.formats.packed import PackedModel
+from elute.formats.packed_layout import MatrixRecord
+from elute.kernels.registry import Choice
 from elute.model.families import op_list
+from elute.model.ops import Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.threads import default_threads
 
 if TYPE_CHECKING:
-    from elute.formats.packed import PackedModel
+    from elute.pack.foresee import Foreseen
 
 PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
 PROBES = 3
+# What reading a tokenizer adds to a process: 5.6 MB for 512 tokens, 16 for 49k, 42 for 128k.
+TOKENIZER_BYTES, TOKENIZER_BYTES_A_TOKEN = 6_000_000, 300
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Of a token of generation. resident_bytes is the plan's total, which a run stays below."""
+
+    tok_s: float
+    read_bytes: int
+    waited_s: float
+    resident_bytes: int
+    flash_gb_s: float
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "tok_s": round(self.tok_s, 3),
+            "read_bytes_per_token": self.read_bytes,
+            "waited_s_per_token": round(self.waited_s, 5),
+            "resident_bytes": self.resident_bytes,
+            "page_cache_bytes": 0,
+        }
+
+
+def predict(plan: Plan, order: list[Use], pace: Pace, flash_gb_s: float) -> Prediction:
+    """The one forecast of `elute plan` and of a run's last lines.
+
+    order  uses() of the model; the pace of layers is shared among them by their bytes
+    """
+    total = sum(use.total for use in order)
+    found = walk(
+        plan,
+        order,
+        use_s=[pace.layers_s * use.total / total for use in order],
+        rest_s=pace.rest_s,
+        flash_bytes_s=flash_gb_s * 1e9,
+    )
+    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total, flash_gb_s)
+
+
+def predict_run(
+    packed: PackedModel,
+    plan: Plan,
+    *,
+    n_threads: int,
+    cache_type: str,
+    kernels: Mapping[int, Choice],
+) -> Prediction:
+    """The same for a run that is over and whose weights are gone, in the memory that they left.
+
+    Raises DeviceError when the files cannot be read, BudgetError when the memory is not there.
+    """
+    _native.return_freed_memory()
+    room = plan.total - plan.fixed["process"]
+    pace = measured_pace(
+        packed,
+        packed.config,
+        n_threads=n_threads,
+        cache_type=cache_type,
+        room=room - plan.fixed["scratch"],
+        kernels=kernels,
+    )
+    _native.return_freed_memory()
+    rate = flash_rate(packed, most=room) if plan.missed else 1.0
+    return predict(plan, uses(op_list(packed.config), packed), pace, rate)
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """touched: bytes of weights that a token reads, from wherever they are."""
+    """touched: bytes of weights that a token reads, from wherever they are; packed: whether the
+    model is there already."""
 
     plan: Plan
+    prediction: Prediction
     context: int
     touched: int
     flash_gb_s: float
     dram_gb_s: float
+    model_bytes: int
+    bits_per_weight: float
+    packed: bool
 
     @property
-    def tok_s(self) -> float:
+    def bound_tok_s(self) -> float:
         """What reading alone allows: flash and memory are read at the same time."""
         return 1 / self.plan.seconds(
             touched=self.touched,
@@ -52,6 +135,9 @@ class Forecast:
     def to_json(self) -> dict[str, Any]:
         plan = self.plan
         return {
+            "packed": self.packed,
+            "model_bytes": self.model_bytes,
+            "bits_per_weight": round(self.bits_per_weight, 3),
             "budget_bytes": plan.budget,
             "fixed_bytes": dict(plan.fixed),
             "pinned_bytes": plan.pinned_bytes,
@@ -62,62 +148,124 @@ class Forecast:
             "context": self.context,
             "flash_gb_s": round(self.flash_gb_s, 3),
             "dram_gb_s": round(self.dram_gb_s, 2),
-            "tok_s": round(self.tok_s, 3),
+            "tok_s": round(self.prediction.tok_s, 3),
+            "waited_s_per_token": round(self.prediction.waited_s, 5),
+            "bound_tok_s": round(self.bound_tok_s, 3),
             "limit": self.limit,
             "fits": not plan.missed,
         }
 
 
 def forecast(
-    packed: PackedModel,
+    packed: PackedModel | Foreseen,
     memory: str | int,
     *,
     context: int | None,
     threads: int | None,
     cache_type: str,
     flash_gb_s: float | None = None,
+    cache_dir: Path | None = None,
+    held: int | None = None,
 ) -> Forecast:
-    """The plan that `load` would make, and the rates of this machine that bound it.
+    """The plan that `load` would make, and the rates of this machine that it leads to.
 
-    flash_gb_s  measured on the model's own files when None
+    flash_gb_s  measured when None: on the model's own files, or where it would be packed to
+    cache_dir   where that is; formats.sources.cache_dir() when None
+    held        what the process held before it read the headers of a model that is not packed;
+                what it holds now when None
 
     Raises BudgetError for too little memory, DeviceError for files that cannot be read.
     """
     import psutil
 
-    from elute.formats.tokenizer import Tokenizer
-
     ops = op_list(packed.config)
-    tokenizer = Tokenizer.from_files(packed.tokenizer_files())  # a part of what load holds
-    _native.return_freed_memory()
+    process = held or psutil.Process().memory_info().rss
+    if isinstance(packed, PackedModel):
+        from elute.formats.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_files(packed.tokenizer_files())  # a part of what load holds
+        _native.return_freed_memory()
+        process = psutil.Process().memory_info().rss
+        del tokenizer
+    else:
+        process += TOKENIZER_BYTES + TOKENIZER_BYTES_A_TOKEN * ops.vocabulary
     n_threads = default_threads() if threads is None else threads
     found = fit(
         packed,
         ops,
         parse_size(memory),
-        process=psutil.Process().memory_info().rss,
+        process=process,
         context=context,
         cache_type=cache_type,
         chunk=executor.CHUNK,
         n_threads=n_threads,
     )
-    del tokenizer
-    kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
+    if flash_gb_s is None:
+        if isinstance(packed, PackedModel):
+            flash_gb_s = flash_rate(packed)
+        else:
+            flash_gb_s = folder_rate(cache_dir)
     ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
+    pace = measured_pace(packed, packed.config, n_threads=n_threads, cache_type=cache_type)
     return Forecast(
         found.plan,
+        predict(found.plan, uses(ops, packed), pace, flash_gb_s),
         found.context,
-        traffic(ops, packed, kind).step_bytes,
-        flash_rate(packed) if flash_gb_s is None else flash_gb_s,
+        touched_bytes(ops, packed),
+        flash_gb_s,
         ceilings.read_gb_s,
+        packed.nbytes,
+        packed.bits_per_weight,
+        isinstance(packed, PackedModel),
     )
 
 
-def flash_rate(packed: PackedModel) -> float:
-    """GB/s of sequential reads past the page cache, as weights are read: the median of a few."""
+def touched_bytes(ops: OpList, packed: Recorded) -> int:
+    """Planes, scales and offsets that one token reads: of all matrices but the embedding."""
+    linear = [name for op in ops.ops if isinstance(op, Linear) for name in op.weights]
+    head = [op.weight for op in ops.ops if isinstance(op, Head)]
+    return sum(
+        part.n_bytes
+        for name in (*linear, *head)
+        if isinstance(record := packed.records[name], MatrixRecord)
+        for part in record.parts()
+        if part.suffix != ".columns"
+    )
+
+
+def flash_rate(packed: PackedModel, *, most: int = PROBE_BYTES) -> float:
+    """GB/s of sequential reads past the page cache, as weights are read: the median of a few.
+
+    most  bytes that reading may hold
+    """
     path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
-    size = packed.files[path.name].size // 4096 * 4096
-    probe = min(PROBE_BYTES, size)
+    return file_rate(path, packed.files[path.name].size, most=most)
+
+
+def folder_rate(cache_dir: Path | None) -> float:
+    """The same of the disk that a model is packed to, by a file that is written for it."""
+    from elute.formats import sources
+
+    folder = cache_dir or sources.cache_dir()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(prefix=".rate-", dir=folder) as file:
+            block = os.urandom(1 << 20)
+            for _ in range(PROBE_BYTES >> 20):
+                file.write(block)
+            file.flush()
+            os.fsync(file.fileno())
+            return file_rate(Path(file.name), PROBE_BYTES)
+    except OSError as error:
+        raise DeviceError(
+            f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); give "
+            "it with --flash, or set ELUTE_HOME"
+        ) from None
+
+
+def file_rate(path: Path, size: int, *, most: int = PROBE_BYTES) -> float:
+    size = size // 4096 * 4096
+    probe = min(PROBE_BYTES, size, most // 4096 * 4096)
     memory = pages(probe)
     rates = []
     for i in range(PROBES):

@@ -42,16 +42,23 @@ def command(
 ) -> int:
     """Show how a budget of memory is split, the bound that the disk sets, and the expected rate.
 
-    MODEL is packed first where it is not. Leaves with 0 when all weights fit, with 1 when some are
-    read from flash for every token, with 2 when the budget is too small.
+    Reads headers alone: nothing is packed, and of a repository that is not here some kilobytes are
+    fetched. Sizes are those that packing gives. Leaves with 0 when all weights fit, with 1 when
+    some are read from flash for every token, with 2 when the budget is too small.
     """
+    import psutil
+
     from elute.bench.budget import forecast
     from elute.cli.screen import Screen, answer_json
     from elute.errors import BudgetError
-    from elute.runtime.store import open_packed
+    from elute.formats.packed import PackedModel
+    from elute.runtime.store import foresee_packed
 
+    held = psutil.Process().memory_info().rss
     with Screen(quiet=quiet) as screen:
-        packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
+        packed = foresee_packed(model, bits=given["bits"], recipe=given["recipe"])
+        if not isinstance(packed, PackedModel):
+            screen.note(f"{model}: is not packed yet; its sizes follow from headers")
         try:
             found = forecast(
                 packed,
@@ -60,6 +67,7 @@ def command(
                 threads=threads,
                 cache_type=cache_type or "f16",
                 flash_gb_s=flash_gb_s,
+                held=held,
             )
         except BudgetError as error:
             click.echo(f"error: {error}", err=True)
@@ -76,6 +84,10 @@ def _page(found: Forecast) -> str:
     planes = plan.pinned_bytes + plan.missed
     rows = [(purpose, f"{size / 1e6:9.1f} MB") for purpose, size in plan.fixed.items()]
     rows += [
+        (
+            "model",
+            f"{found.model_bytes / 1e6:9.1f} MB, {found.bits_per_weight:.2f} bits a weight",
+        ),
         ("layers kept", f"{plan.pinned_bytes / 1e6:9.1f} MB of {planes / 1e6:.1f}"),
         ("window", f"{plan.window / 1e6:9.1f} MB"),
         ("in all", f"{plan.total / 1e6:9.1f} MB of {plan.budget / 1e6:.1f}"),
@@ -86,7 +98,12 @@ def _page(found: Forecast) -> str:
         ("flash", f"{found.flash_gb_s:9.2f} GB/s"),
         ("memory", f"{found.dram_gb_s:9.2f} GB/s"),
         ("context", f"{found.context:9d} tokens"),
-        ("expected", f"{found.tok_s:9.2f} tok/s at most, by {found.limit}"),
+        ("bound", f"{found.bound_tok_s:9.2f} tok/s by {found.limit}, were nothing else to do"),
+        (
+            "expected",
+            f"{found.prediction.tok_s:9.2f} tok/s, of which "
+            f"{1e3 * found.prediction.waited_s:.1f} ms a token wait for flash",
+        ),
         ("verdict", "fits" if not plan.missed else "slow: reads flash for every token"),
     ]
     return "\n".join(f"{name:<18}{value}" for name, value in rows)

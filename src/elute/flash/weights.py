@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -14,7 +14,7 @@ from elute import _native
 from elute.errors import NOTE, DeviceError
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
-from elute.formats.packed_layout import MatrixRecord, Part
+from elute.formats.packed_layout import MatrixRecord, Part, Records
 from elute.formats.page_sums import PageSums
 from elute.model.ops import Linear, OpList
 from elute.types import F32, PANEL, U8, Affine, PackedMatrix
@@ -147,7 +147,17 @@ class FlashWeights:
         return self._memory[at : at + part.n_bytes].view(dtype)
 
 
-def uses(ops: OpList, packed: PackedModel) -> list[Use]:
+class Recorded(Protocol):
+    """A packed model, or what one is going to be."""
+
+    @property
+    def records(self) -> Records: ...
+
+    def column_order(self, name: str) -> bytes | None:
+        """As types.StoredCodes.order."""
+
+
+def uses(ops: OpList, packed: Recorded) -> list[Use]:
     """The uses of a forward, in order: linears, cut as the executor cuts them (by column order)."""
     found: list[Use] = []
     for op in ops.ops:
@@ -155,17 +165,14 @@ def uses(ops: OpList, packed: PackedModel) -> list[Use]:
             continue
         by_order: dict[bytes, list[str]] = {}
         for name in op.weights:
-            record = packed.records[name]
-            ordered = isinstance(record, MatrixRecord) and record.columns
-            columns = packed.matrix(name).columns if ordered else None
-            by_order.setdefault(b"" if columns is None else columns.tobytes(), []).append(name)
+            by_order.setdefault(packed.column_order(name) or b"", []).append(name)
         for names in by_order.values():
             sizes = tuple(next(iter(packed.records[name].parts())).stored_bytes for name in names)
             found.append(Use(tuple(names), sizes))
     return found
 
 
-def resident_bytes(ops: OpList, packed: PackedModel) -> int:
+def resident_bytes(ops: OpList, packed: Recorded) -> int:
     """Of all that stays under any plan: everything but the planes of linears."""
     linear = {name for use in uses(ops, packed) for name in use.names}
     return sum(

@@ -20,12 +20,13 @@ from elute.formats.gptq import (
     U32,
     PackedFolder,
     affine_matrix,
+    affine_of,
     check_group_size,
     config_int,
     packed_modules,
 )
 from elute.formats.hf_folder import HfFolder
-from elute.types import U8, QuantizedMatrix
+from elute.types import I32, U8, Affine, QuantizedMatrix, StoredCodes
 
 AWQ_BITS = 4
 NIBBLES = 8
@@ -69,22 +70,41 @@ class AwqFolder(PackedFolder):
         k, columns = self.folder.shape(f"{module}.qweight")
         return columns * NIBBLES, k
 
+    def _stored_codes(self, module: str, headers_only: bool) -> StoredCodes:
+        n, k = self._packed_shape(module)
+        group_size = self._group_size(module, k)
+        if headers_only:
+            with_zeros = self.folder.quantization.get("zero_point") is not False
+            affine, zero = (Affine.ZERO, 0) if with_zeros else (Affine.SYMMETRIC, 8)
+        else:
+            affine, zero = affine_of(self._zeros(module, k // group_size, n // NIBBLES))
+        return StoredCodes(AWQ_BITS, group_size, affine, zero)
+
     def _matrix(self, module: str) -> QuantizedMatrix:
         words = self._words(f"{module}.qweight")
         k, columns = words.shape
+        group_size = self._group_size(module, k)
+        n_groups = k // group_size
+        zeros = self._zeros(module, n_groups, columns)
+        return affine_matrix(
+            unpack_nibbles(words),
+            self._scales(module, n_groups, columns * NIBBLES),
+            zeros,
+            bits=AWQ_BITS,
+            group_size=group_size,
+        )
+
+    def _group_size(self, module: str, k: int) -> int:
         group_size = k if self.group_size == -1 else self.group_size
         if k % group_size:
             raise FormatError(
                 f"{self._where(module)}: K={k} is not a multiple of group_size={group_size}"
                 "; fetch the checkpoint again"
             )
-        n_groups = k // group_size
-        zero_words = self._words(f"{module}.qzeros")
-        self._check_words(f"{module}.qzeros", zero_words, (n_groups, columns))
-        return affine_matrix(
-            unpack_nibbles(words),
-            self._scales(module, n_groups, columns * NIBBLES),
-            unpack_nibbles(zero_words).T.astype(np.int32),
-            bits=AWQ_BITS,
-            group_size=group_size,
-        )
+        return group_size
+
+    def _zeros(self, module: str, n_groups: int, columns: int) -> I32:
+        """-> i32 [G, N] in code units."""
+        words = self._words(f"{module}.qzeros")
+        self._check_words(f"{module}.qzeros", words, (n_groups, columns))
+        return unpack_nibbles(words).T.astype(np.int32)

@@ -24,7 +24,7 @@ import numpy.typing as npt
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.gptq import finite_f16
 from elute.formats.hf_folder import HfFolder, is_float
-from elute.types import U8, Affine, QuantizedMatrix, TokenizerFiles
+from elute.types import U8, Affine, QuantizedMatrix, StoredCodes, TokenizerFiles
 
 ROWS_PER_BYTE = 4
 TERNARY_BITS = 2
@@ -104,6 +104,12 @@ class BitnetFolder:
         if self._is_ternary(name) and self._is_packed(name):
             return stored[0] * ROWS_PER_BYTE, *stored[1:]
         return stored
+
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        if not self._is_ternary(name):
+            return self.folder.codes(name)
+        shape = self.folder.shape(name)
+        return StoredCodes(TERNARY_BITS, shape[-1], Affine.SYMMETRIC, TERNARY_ZERO)
 
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Raises FormatError when a packed weight holds a code of 3 or a scale is not usable."""

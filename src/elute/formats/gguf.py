@@ -19,7 +19,7 @@ from elute.formats.gguf_codes import CODE_TYPES, is_dequantizable, read_codes, r
 from elute.formats.gguf_config import read_architecture, read_config
 from elute.formats.gguf_header import AGAIN, GgufHeader, TensorInfo, read_header, show
 from elute.formats.gguf_names import Architecture, ExpectedTensor, expected_tensors, half_split_rows
-from elute.types import U8, QuantizedMatrix, TokenizerFiles
+from elute.types import U8, QuantizedMatrix, StoredCodes, TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -86,6 +86,14 @@ class GgufCheckpoint:
 
     def shape(self, name: str) -> tuple[int, ...]:
         return self._find(name)[1].shape
+
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        """Of a type in CODE_TYPES, which says it all."""
+        info = self._find(name)[1]
+        kind = CODE_TYPES.get(info.type)
+        if kind is None or len(info.shape) != 2:
+            return None
+        return StoredCodes(kind.bits, kind.group_size, kind.affine, kind.zero)
 
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Floats as stored (read-only and mapped unless reordered); quantized matrices as codes.

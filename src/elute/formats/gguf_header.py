@@ -87,13 +87,15 @@ def show(value: str) -> str:
     return repr(value if len(value) <= 80 else value[:77] + "...")
 
 
-def read_header(path: Path, data: U8) -> GgufHeader:
-    """data: the bytes of the whole file, mapped.
+def read_header(path: Path, data: U8, *, file_bytes: int | None = None) -> GgufHeader:
+    """data: the bytes of the whole file, mapped; or its beginning, of a file of file_bytes.
 
-    Raises FormatError where the bytes break the format, UnsupportedError for versions, byte orders
+    Raises HeaderCut where the header goes on behind such a beginning, FormatError where the bytes
+    break the format, UnsupportedError for versions, byte orders
     and tensor types that elute or the gguf library does not know.
     """
-    cursor = _Cursor(path, data)
+    file_bytes = data.size if file_bytes is None else file_bytes
+    cursor = _Cursor(path, data, file_bytes)
     version = cursor.version()
     n_tensors = cursor.count("tensors", MIN_TENSOR_BYTES)
     n_keys = cursor.count("keys", MIN_KEY_BYTES)
@@ -114,18 +116,23 @@ def read_header(path: Path, data: U8) -> GgufHeader:
         tensors[info.name] = info
     data_start = -(-cursor.at // alignment) * alignment
     return GgufHeader(
-        path, version, metadata, _placed(path, tensors, data_start, alignment, data.size)
+        path, version, metadata, _placed(path, tensors, data_start, alignment, file_bytes)
     )
+
+
+class HeaderCut(FormatError):
+    """More of the file has to be there."""
 
 
 class _Cursor:
     """Reads forward through the header, never past the end of the file."""
 
-    def __init__(self, path: Path, data: U8) -> None:
+    def __init__(self, path: Path, data: U8, file_bytes: int) -> None:
         self.path = path
         self.at = 0
         self._view = data.data
-        self._end = data.size
+        self._here = data.size
+        self._end = file_bytes
         self._elements_left = MAX_ELEMENTS
 
     def error(self, at: int, what: str, advice: str = AGAIN) -> FormatError:
@@ -137,6 +144,8 @@ class _Cursor:
                 self.at,
                 f"found {self._end - self.at} bytes to the end, wanted {n_bytes} for {what}",
             )
+        if n_bytes > self._here - self.at:
+            raise HeaderCut(f"{self.path}: {what} lies behind the first {self._here} bytes")
 
     def _u32(self, what: str) -> int:
         self._need(4, what)

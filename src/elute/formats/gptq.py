@@ -23,7 +23,7 @@ import numpy.typing as npt
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.hf_folder import HfFolder, is_float
-from elute.types import F16, I32, U8, Affine, QuantizedMatrix, TokenizerFiles
+from elute.types import F16, I32, U8, Affine, QuantizedMatrix, StoredCodes, TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -70,6 +70,13 @@ class PackedFolder(ABC):
             return self._packed_shape(module)
         return self.folder.shape(name)
 
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        """Reads zeros and orders, not codes. Raises as `read`."""
+        module = name.removesuffix(".weight")
+        if name.endswith(".weight") and module in self.modules:
+            return self._stored_codes(module, headers_only)
+        return self.folder.codes(name)
+
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Raises FormatError when the tensors of a module do not fit together."""
         module = name.removesuffix(".weight")
@@ -80,6 +87,10 @@ class PackedFolder(ABC):
     @abstractmethod
     def _packed_shape(self, module: str) -> tuple[int, int]:
         """-> N, K of the module's weight, from headers alone."""
+
+    @abstractmethod
+    def _stored_codes(self, module: str, headers_only: bool) -> StoredCodes:
+        """All of `_matrix` but its arrays."""
 
     @abstractmethod
     def _matrix(self, module: str) -> QuantizedMatrix:
@@ -196,6 +207,12 @@ def unpack_words(words: U32, bits: int) -> U8:
     return codes
 
 
+def affine_of(zeros: I32) -> tuple[Affine, int]:
+    """SYMMETRIC with its zero when all of them are equal, else ZERO."""
+    zero = int(zeros.flat[0])
+    return (Affine.SYMMETRIC, zero) if bool((zeros == zero).all()) else (Affine.ZERO, 0)
+
+
 def affine_matrix(
     codes: U8, scales: F16, zeros: I32, *, bits: int, group_size: int, columns: I32 | None = None
 ) -> QuantizedMatrix:
@@ -203,14 +220,13 @@ def affine_matrix(
 
     codes  u8  [N, K], scales f16 [G, N], zeros i32 [G, N] in code units
     """
-    zero = int(zeros.flat[0])
-    symmetric = bool((zeros == zero).all())
+    affine, zero = affine_of(zeros)
     return QuantizedMatrix(
         codes=codes,
         scales=scales,
-        offsets=None if symmetric else zeros.astype(np.float16),
-        affine=Affine.SYMMETRIC if symmetric else Affine.ZERO,
-        zero=zero if symmetric else 0,
+        offsets=None if affine is Affine.SYMMETRIC else zeros.astype(np.float16),
+        affine=affine,
+        zero=zero,
         bits=bits,
         group_size=group_size,
         columns=columns,
@@ -281,14 +297,14 @@ class GptqFolder(PackedFolder):
             )
         return bits
 
-    def _matrix(self, module: str) -> QuantizedMatrix:
+    def _sizes(self, module: str) -> tuple[int, int, int, int]:
+        """-> N, K, bits, group_size, from headers alone; checked against each other."""
         where = self._where(module)
-        words = self._words(f"{module}.qweight")
-        rows, n = words.shape
+        rows, n = self.folder.shape(f"{module}.qweight")
         bits = self._module_bits(module, rows)
         k = rows * WORD_BITS // bits
-        zero_words = self._words(f"{module}.qzeros")
-        n_groups = zero_words.shape[0]
+        zeros_shape = self.folder.shape(f"{module}.qzeros")
+        n_groups = zeros_shape[0] if zeros_shape else 0
         group_size = k // n_groups if n_groups else 0
         wanted = k if self.group_size == -1 else min(self.group_size, k)
         if group_size * n_groups != k or not (self.overrides or group_size == wanted):
@@ -301,8 +317,34 @@ class GptqFolder(PackedFolder):
                 f"{where}: N={n}, K={k} of {bits} bits do not fill whole 32-bit words"
                 "; use another checkpoint"
             )
-        self._check_words(f"{module}.qzeros", zero_words, (n_groups, n * bits // WORD_BITS))
-        scales = self._scales(module, n_groups, n)
+        return n, k, bits, group_size
+
+    def _stored_codes(self, module: str, headers_only: bool) -> StoredCodes:
+        n, k, bits, group_size = self._sizes(module)
+        if headers_only:
+            affine, zero = (
+                (Affine.SYMMETRIC, 1 << (bits - 1)) if self.symmetric else (Affine.ZERO, 0)
+            )
+            # Weights that read one input share its order, and only those are multiplied at once.
+            order = b"act-order" if self.act_order and group_size < k else None
+            return StoredCodes(bits, group_size, affine, zero, order)
+        affine, zero = affine_of(
+            self._zeros(module, self._zero_words(module, n, k, bits, group_size), bits)
+        )
+        columns = self._group_order(module, k, group_size)[1]
+        order = None if columns is None else columns.tobytes()
+        return StoredCodes(bits, group_size, affine, zero, order)
+
+    def _zero_words(self, module: str, n: int, k: int, bits: int, group_size: int) -> U32:
+        words = self._words(f"{module}.qzeros")
+        self._check_words(f"{module}.qzeros", words, (k // group_size, n * bits // WORD_BITS))
+        return words
+
+    def _matrix(self, module: str) -> QuantizedMatrix:
+        words = self._words(f"{module}.qweight")
+        n, k, bits, group_size = self._sizes(module)
+        zero_words = self._zero_words(module, n, k, bits, group_size)
+        scales = self._scales(module, k // group_size, n)
         zeros = self._zeros(module, zero_words, bits)
         codes = unpack_words(words, bits)
         order, columns = self._group_order(module, k, group_size)

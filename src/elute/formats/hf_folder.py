@@ -17,8 +17,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.errors import FormatError, UnsupportedError
-from elute.formats.safetensors import SafetensorsFile, TensorEntry, parse_json
-from elute.types import QuantizedMatrix, TokenizerFiles
+from elute.formats.safetensors import DTYPES, SafetensorsFile, TensorEntry, parse_json
+from elute.types import QuantizedMatrix, StoredCodes, TokenizerFiles
 
 logger = logging.getLogger(__name__)
 
@@ -116,14 +116,15 @@ class HfFolder:
         stored = self._stored(name)
         return stored.file.tensor(stored.name)
 
+    def codes(self, name: str, *, headers_only: bool = False) -> StoredCodes | None:
+        """None, or raises UnsupportedError, as `read`."""
+        self._check_float(name)
+        return None
+
     def read(self, name: str) -> npt.NDArray[Any] | QuantizedMatrix:
         """Raises UnsupportedError for a tensor of integers: a float folder has none."""
+        self._check_float(name)
         values = self.tensor(name)
-        if not is_float(values.dtype):
-            raise UnsupportedError(
-                f"{self.path}: tensor {name!r} holds {values.dtype}, wanted f32, f16 or bf16; "
-                f"config.json declares no quantization that elute reads"
-            )
         return values.astype(np.float32) if values.dtype == np.float64 else values
 
     def tokenizer_files(self) -> TokenizerFiles:
@@ -132,6 +133,14 @@ class HfFolder:
     @cached_property
     def _tokenizer_files(self) -> TokenizerFiles:
         return read_tokenizer_files(self.path)
+
+    def _check_float(self, name: str) -> None:
+        dtype = DTYPES[self.entry(name).dtype]
+        if not is_float(dtype):
+            raise UnsupportedError(
+                f"{self.path}: tensor {name!r} holds {dtype}, wanted f32, f16 or bf16; "
+                f"config.json declares no quantization that elute reads"
+            )
 
     def _stored(self, name: str) -> _StoredTensor:
         try:

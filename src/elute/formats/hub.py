@@ -48,7 +48,7 @@ def fetch_file(
             f"{model}: found .. in the file name, wanted a file of the repository"
             "; name it without .."
         )
-    with _hub_errors(model, file):
+    with hub_errors(model, file):
         path = Path(
             hf_hub_download(
                 repo,
@@ -79,7 +79,7 @@ def fetch_folder(
     """
     from huggingface_hub import HfApi, snapshot_download
 
-    with _hub_errors(model, None):
+    with hub_errors(model, None):
         path = Path(
             snapshot_download(
                 repo,
@@ -94,11 +94,38 @@ def fetch_folder(
         )
         if not any(path.glob("*.safetensors")):
             listed = HfApi(endpoint=endpoint).list_repo_files(repo, revision=revision)
-            raise UnsupportedError(_no_weights(model, listed))
+            raise UnsupportedError(no_weights(model, listed))
     return Fetched(path=path, commit=path.name)
 
 
-def _no_weights(model: str, listed: list[str]) -> str:
+def cached(
+    repo: str, file: str | None, *, revision: str | None, hub_cache: Path | None
+) -> Fetched | None:
+    """A file, or a folder with all its weights, in the hub cache; asks nobody."""
+    from huggingface_hub import try_to_load_from_cache
+
+    name = "config.json" if file is None else file
+    found = try_to_load_from_cache(repo, name, cache_dir=hub_cache, revision=revision)
+    if not isinstance(found, str):
+        return None
+    snapshot = Path(found).parents[name.count("/")]
+    if file is None and not _has_weights(snapshot):
+        return None
+    return Fetched(path=snapshot if file is None else Path(found), commit=snapshot.name)
+
+
+def _has_weights(folder: Path) -> bool:
+    from elute.formats.hf_folder import INDEX_NAME, read_json_object
+
+    index = folder / INDEX_NAME
+    if not index.is_file():
+        return any(folder.glob("*.safetensors"))
+    named = read_json_object(index).get("weight_map")
+    shards = set(named.values()) if isinstance(named, dict) else set()
+    return bool(shards) and all((folder / str(shard)).is_file() for shard in shards)
+
+
+def no_weights(model: str, listed: list[str]) -> str:
     ggufs = sorted(name for name in listed if name.endswith(".gguf"))
     if ggufs:
         shown = ", ".join(ggufs[:8]) + (", ..." if len(ggufs) > 8 else "")
@@ -148,7 +175,7 @@ def _bar_class(progress: Progress | None, stage: str) -> type[Any] | None:
 
 
 @contextmanager
-def _hub_errors(model: str, file: str | None) -> Iterator[None]:
+def hub_errors(model: str, file: str | None) -> Iterator[None]:
     """Every failure of the hub client as one sentence."""
     from huggingface_hub import errors
     from huggingface_hub.errors import (

@@ -218,6 +218,14 @@ class PackedModel:
         stored: U8 = self.shards[record.file].tensor(name + record.part().suffix)
         return stored[: record.n_bytes].reshape(record.n_blocks, record.block_bytes)
 
+    def column_order(self, name: str) -> bytes | None:
+        """As types.StoredCodes.order."""
+        record = self.records[name]
+        if not isinstance(record, MatrixRecord) or not record.columns:
+            return None
+        columns = self.matrix(name).columns
+        return None if columns is None else columns.tobytes()
+
     def vector(self, name: str) -> F32:
         """A view f32 [L] or [N, K] of the mapped file. Raises FormatError when there is none."""
         record = self.records.get(name)
@@ -230,17 +238,12 @@ class PackedModel:
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights, padding apart."""
-        parts = sum(part.n_bytes for record in self.records.values() for part in record.parts())
-        return parts + sum(bank.n_bytes for bank in self.banks.values())
+        return layout.weight_bytes(self.records)
 
     @cached_property
     def bits_per_weight(self) -> float:
         """Bits that the matrices take, scales, offsets and column orders included, per weight."""
-        matrices = [r for r in self.records.values() if isinstance(r, MatrixRecord)]
-        n_weights = sum(record.shape[0] * record.shape[1] for record in matrices)
-        n_bytes = sum(part.n_bytes for record in matrices for part in record.parts())
-        n_bytes += sum(bank.n_bytes for bank in self.banks.values())
-        return 8 * n_bytes / n_weights if n_weights else 0.0
+        return layout.bits_per_weight(self.records)
 
     def _part(self, name: str, part: layout.Part) -> npt.NDArray[Any]:
         stored = self.shards[self.records[name].file].tensor(name + part.suffix)

@@ -216,6 +216,28 @@ class VectorRecord:
         return {"shape": list(self.shape), "file": self.file}
 
 
+Records = Mapping[str, MatrixRecord | VectorRecord]  # by tensor name, in the order written
+
+
+def weight_bytes(records: Records) -> int:
+    """Of all weights, padding apart."""
+    return sum(_own_bytes(record) for record in records.values())
+
+
+def _own_bytes(record: MatrixRecord | VectorRecord) -> int:
+    in_bank = isinstance(record, MatrixRecord) and record.bank is not None
+    rows = record.row_bytes * record.shape[1] if in_bank else 0
+    return rows + sum(part.n_bytes for part in record.parts())
+
+
+def bits_per_weight(records: Records) -> float:
+    """Bits that the matrices take, scales, offsets and column orders included, per weight."""
+    matrices = [r for r in records.values() if isinstance(r, MatrixRecord)]
+    n_weights = sum(record.shape[0] * record.shape[1] for record in matrices)
+    n_bytes = sum(_own_bytes(record) for record in matrices)
+    return 8 * n_bytes / n_weights if n_weights else 0.0
+
+
 def record_from_json(value: Any, *, where: str) -> MatrixRecord | VectorRecord:
     """Raises FormatError unless every field is present, typed and in its range."""
     fields = mapping(value, where=where)

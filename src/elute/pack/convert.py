@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -56,12 +56,7 @@ def convert(
     """
     names = _wanted(checkpoint, tensors)
     shapes = {name: checkpoint.shape(name) for name in names}
-    for name, shape in shapes.items():
-        if len(shape) not in (1, 2) or 0 in shape:
-            raise UnsupportedError(
-                f"{checkpoint.source}: {name} has shape {list(shape)}, wanted a matrix or a "
-                f"vector; this model cannot be packed"
-            )
+    check_ranks(checkpoint.source, shapes)
     done, total = 0, sum(int(np.prod(shape)) for shape in shapes.values())
     report = _Report()
     with PackedWriter(
@@ -88,6 +83,16 @@ def convert(
                 progress(done, total, name)
     report.write(checkpoint.source)
     return PackedModel.open(out)
+
+
+def check_ranks(source: str, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    """Raises UnsupportedError for what is neither a matrix nor a vector."""
+    for name, shape in shapes.items():
+        if len(shape) not in (1, 2) or 0 in shape:
+            raise UnsupportedError(
+                f"{source}: {name} has shape {list(shape)}, wanted a matrix or a "
+                f"vector; this model cannot be packed"
+            )
 
 
 class _Report:
@@ -161,28 +166,42 @@ def _vector(values: npt.NDArray[Any] | QuantizedMatrix, name: str) -> F32:
     return wide
 
 
+def packing_rule(
+    name: str, n_columns: int, recipe: Recipe, *, stored_group: int | None
+) -> Rule | None:
+    """The rule that a matrix is quantized by, its group fitted to the row; None: codes are kept.
+
+    stored_group  group_size of the codes that the checkpoint holds, None where it holds floats
+
+    Raises ShapeError when no group packs the row, UnsupportedError when the recipe keeps floats.
+    """
+    rule = recipe.rule_for(name)
+    if stored_group is not None and (rule.scheme is Scheme.KEEP or not recipe.requantize):
+        check_groups(n_columns, stored_group, where=name)
+        return None
+    if rule.scheme is Scheme.KEEP:
+        raise UnsupportedError(
+            f"{name}: the recipe keeps it, but the checkpoint holds floats; give it bits=8"
+        )
+    return rule.for_columns(n_columns, where=name)
+
+
 def _packed_pieces(
     w: npt.NDArray[Any] | QuantizedMatrix, name: str, recipe: Recipe, report: _Report
 ) -> Iterator[PackedMatrix]:
     """Runs of whole panels of w, quantized by the recipe where they are not codes already."""
     n, k = w.shape
-    rule = recipe.rule_for(name)
-    quantized = isinstance(w, QuantizedMatrix)
-    keep = quantized and (rule.scheme is Scheme.KEEP or not recipe.requantize)
-    if keep:
-        assert isinstance(w, QuantizedMatrix)
-        check_groups(k, w.group_size, where=name)
+    stored_group = w.group_size if isinstance(w, QuantizedMatrix) else None
+    fitted = packing_rule(name, k, recipe, stored_group=stored_group)
+    keep = fitted is None
+    rule = recipe.rule_for(name) if fitted is None else fitted
+    if isinstance(w, QuantizedMatrix) and keep:
         report.kept[w.bits] += 1
     else:
-        if rule.scheme is Scheme.KEEP:
-            raise UnsupportedError(
-                f"{name}: the recipe keeps it, but the checkpoint holds floats; give it bits=8"
-            )
-        fitted = rule.for_columns(k, where=name)
-        if rule.group_size is not None and fitted.group_size != rule.group_size:
-            report.regrouped[k, rule.group_size, fitted.group_size or k] += 1
-        report.requantized += quantized
-        rule = fitted
+        wanted = recipe.rule_for(name).group_size
+        if wanted is not None and rule.group_size != wanted:
+            report.regrouped[k, wanted, rule.group_size or k] += 1
+        report.requantized += stored_group is not None
     step = max(1, _CHUNK_WEIGHTS // (PANEL * k)) * PANEL
     for first in range(0, n, step):
         rows = slice(first, first + step)

@@ -8,10 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.quantize.groups import check_f16, row_groups, scale_to_f16
-from elute.quantize.recipe import TERNARY_BITS
+from elute.quantize.recipe import TERNARY_BITS, TERNARY_ZERO
 from elute.types import Affine, QuantizedMatrix
-
-ZERO = 1  # codes 0, 1, 2 are -1, 0, 1; code 3 never occurs
 
 
 def quantize(
@@ -36,14 +34,14 @@ def quantize(
             check_f16(scale, "scale", where=where, first_row=first_row + rows.start)
             wide = scale.astype(np.float32)[..., None]
             steps = np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)
-            codes[rows] = (np.clip(np.rint(x * steps), -1, 1) + ZERO).reshape(-1, k)
+            codes[rows] = (np.clip(np.rint(x * steps), -1, 1) + TERNARY_ZERO).reshape(-1, k)
             scales[:, rows] = scale.T
     return QuantizedMatrix(
         codes=codes,
         scales=scales,
         offsets=None,
         affine=Affine.SYMMETRIC,
-        zero=ZERO,
+        zero=TERNARY_ZERO,
         bits=TERNARY_BITS,
         group_size=group_size,
     )

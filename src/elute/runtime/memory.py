@@ -13,7 +13,7 @@ from elute.kernels import kv_cache
 from elute.model.ops import Attention, OpList
 
 if TYPE_CHECKING:
-    from elute.formats.packed import PackedModel
+    from elute.flash.weights import Recorded
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,7 @@ class Fit:
 
 
 def fit(
-    packed: PackedModel,
+    packed: Recorded,
     ops: OpList,
     budget: int,
     *,

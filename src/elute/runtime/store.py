@@ -10,12 +10,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elute.errors import UnsupportedError
+from elute.errors import EluteError, UnsupportedError
 from elute.formats import packed_layout as layout
 
 if TYPE_CHECKING:
     from elute.formats.packed import PackedModel
-    from elute.formats.sources import Source
+    from elute.formats.sources import Source, Unfetched
+    from elute.model.ops import OpList
+    from elute.pack.foresee import Foreseen
     from elute.quantize.recipe import Recipe
     from elute.types import Checkpoint
 
@@ -79,18 +81,12 @@ def packed_folder(
     Raises UnsupportedError when a packed folder is asked to be packed otherwise, and as resolve,
     open_checkpoint and convert do.
     """
-    from elute.formats import sources
 
     chosen = choose_recipe(bits, recipe)
     source = fetch(model, cache_dir=cache_dir, progress=progress)
     if is_packed(source.path):
-        if bits is not None or recipe is not None:
-            raise UnsupportedError(
-                f"{source.path}: is packed already and cannot be packed otherwise; leave bits and "
-                "recipe out, or give the model that it was made from"
-            )
-        return source.path
-    target = (cache_dir or sources.cache_dir()) / "packed" / cache_name(source, chosen)
+        return _as_asked(source.path, bits, recipe)
+    target = target_folder(source, chosen, cache_dir)
     if is_packed(target):
         return target
     log.info("%s: converting into %s", source.id, target)
@@ -117,17 +113,9 @@ def pack_checkpoint(
     Refuses at once, not after minutes of work, an unknown architecture, tensors that do not fit
     config.json, and a tokenizer that cannot be loaded.
     """
-    from elute.formats import open_checkpoint
-    from elute.formats.tokenizer import Tokenizer
-    from elute.model.families import op_list
-    from elute.model.weights import check_weights
     from elute.pack.convert import convert
 
-    checkpoint: Checkpoint = open_checkpoint(source)
-    ops = op_list(checkpoint.config)
-    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
-    check_weights(ops, shapes.get, where=checkpoint.source)
-    Tokenizer.from_files(checkpoint.tokenizer_files())
+    checkpoint, ops = checked_checkpoint(source)
 
     def told(done: int, total: int, _tensor: str) -> None:
         if progress is not None:
@@ -142,6 +130,90 @@ def pack_checkpoint(
         progress=told,
         force=force,
     )
+
+
+def checked_checkpoint(path: Path, *, with_tokenizer: bool = True) -> tuple[Checkpoint, OpList]:
+    """Refuses what pack_checkpoint refuses at once; with_tokenizer: whether there is one."""
+    from elute.formats import open_checkpoint
+    from elute.formats.tokenizer import Tokenizer
+    from elute.model.families import op_list
+    from elute.model.weights import check_weights
+
+    checkpoint: Checkpoint = open_checkpoint(path)
+    ops = op_list(checkpoint.config)
+    shapes = {name: checkpoint.shape(name) for name in checkpoint.names()}
+    check_weights(ops, shapes.get, where=checkpoint.source)
+    if with_tokenizer:
+        Tokenizer.from_files(checkpoint.tokenizer_files())
+    return checkpoint, ops
+
+
+def foresee_packed(
+    model: str,
+    *,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    cache_dir: Path | None = None,
+    hub_cache: Path | None = None,
+    endpoint: str | None = None,
+) -> PackedModel | Foreseen:
+    """What open_packed gives where it is there already, else what it would give, from headers.
+
+    Packs nothing, and of a repository that is not here fetches headers alone. Raises as open_packed
+    does, and EluteError for a wheel that is not fetched.
+    """
+    from elute.formats import sources
+    from elute.formats.packed import PackedModel
+    from elute.pack.foresee import foresee
+
+    chosen = choose_recipe(bits, recipe)
+    source = sources.locate(model, cache_dir=cache_dir, hub_cache=hub_cache)
+    if isinstance(source, sources.Unfetched):
+        return _foresee_remote(source, chosen, endpoint)
+    if is_packed(source.path):
+        return PackedModel.open(_as_asked(source.path, bits, recipe))
+    target = target_folder(source, chosen, cache_dir)
+    if is_packed(target):
+        return PackedModel.open(target)
+    checkpoint, ops = checked_checkpoint(source.path)
+    return foresee(checkpoint, chosen, tensors=(*ops.matrices(), *ops.vectors()))
+
+
+def _foresee_remote(model: Unfetched, recipe: Recipe, endpoint: str | None) -> Foreseen:
+    import tempfile
+
+    from elute.formats.remote_headers import RemoteRepository, fetch_headers, renamed
+    from elute.pack.foresee import foresee
+
+    repository = RemoteRepository(model.repo, model.id, model.revision, endpoint)
+    with tempfile.TemporaryDirectory(prefix="elute-headers-") as folder:
+        try:
+            path = fetch_headers(repository, model.file, Path(folder))
+            # A GGUF file has its tokenizer in the header; a folder's is megabytes, and not fetched.
+            in_header = model.file is not None
+            checkpoint, ops = checked_checkpoint(path, with_tokenizer=in_header)
+            names = (*ops.matrices(), *ops.vectors())
+            found = foresee(checkpoint, recipe, tensors=names, headers_only=True)
+        except EluteError as error:
+            raise renamed(error, Path(folder), repository, model.file) from None
+    return replace(found, source=model.id)
+
+
+def target_folder(source: Source, recipe: Recipe, cache_dir: Path | None) -> Path:
+    """Where in the cache a source is packed to."""
+    from elute.formats import sources
+
+    return (cache_dir or sources.cache_dir()) / "packed" / cache_name(source, recipe)
+
+
+def _as_asked(path: Path, bits: int | None, recipe: Recipe | str | Path | None) -> Path:
+    """Raises UnsupportedError when a packed folder is asked to be packed otherwise."""
+    if bits is not None or recipe is not None:
+        raise UnsupportedError(
+            f"{path}: is packed already and cannot be packed otherwise; leave bits and "
+            "recipe out, or give the model that it was made from"
+        )
+    return path
 
 
 def cache_name(source: Source, recipe: Recipe) -> str:

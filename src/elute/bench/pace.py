@@ -1,0 +1,124 @@
+"""How fast this machine computes a model whose weights are all in memory, without having them.
+
+A few layers of its shape with random weights, as many as fill memory beyond the caches, run tokens;
+half as many run them too, and the difference is a layer's time. Measured, not derived: threads,
+attention, norms and the turns between steps are all in it.
+"""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from elute.bench.random_weights import RandomWeights
+from elute.flash.weights import Recorded, uses
+from elute.formats.packed_layout import MatrixRecord
+from elute.kernels.registry import Choice
+from elute.model.families import op_list
+from elute.model.ops import Embed, Head, OpList
+from elute.quantize.recipe import Recipe, Rule, Scheme
+from elute.runtime.executor import Executor
+from elute.types import Affine
+
+ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
+CONTEXT = 64
+ROUNDS = 9
+WARM_UP = 2
+
+
+@dataclass(frozen=True)
+class Pace:
+    """Seconds of a token: in all layers together, and in what comes after them."""
+
+    layers_s: float
+    rest_s: float
+
+    @property
+    def token_s(self) -> float:
+        return self.layers_s + self.rest_s
+
+
+def measured_pace(
+    packed: Recorded,
+    config: Mapping[str, Any],
+    *,
+    n_threads: int,
+    cache_type: str,
+    room: int | None = None,
+    kernels: Mapping[int, Choice] | None = None,
+) -> Pace:
+    """room: bytes that the weights may take; None: as many as are good for the measurement.
+
+    Raises BudgetError when the memory is not there.
+    """
+    whole = op_list(config)
+    layers = sum(use.total for use in uses(whole, packed))
+    head = sum(_stored(packed, op.weight) for op in whole.ops if isinstance(op, Head))
+    most = ENOUGH_BYTES if room is None else min(ENOUGH_BYTES, room - head)
+    n_layers = max(1, min(whole.n_layers, most * whole.n_layers // max(1, layers)))
+    counts = sorted({max(1, n_layers // 2), n_layers})
+    lists = [op_list(_cut(config, n, whole.n_layers)) for n in counts]
+    weights = RandomWeights(lists[-1], _recipe(lists[-1], packed))
+    executors = [
+        Executor(
+            ops,
+            weights,
+            context=CONTEXT,
+            n_threads=n_threads,
+            cache_type=cache_type,
+            kernels=kernels,
+        )
+        for ops in lists
+    ]
+    times: list[list[float]] = [[] for _ in executors]
+    for position in range(WARM_UP + ROUNDS):
+        for of, executor in zip(times, executors, strict=True):
+            started = time.perf_counter()
+            executor.forward(np.array([position], np.int32), position)
+            of.append(time.perf_counter() - started)
+    seconds = [statistics.median(of[WARM_UP:]) for of in times]
+    if len(counts) == 1:  # a model of one layer, or no room for two: by their bytes
+        share = layers * counts[0] / whole.n_layers
+        layer_s = seconds[0] * share / (share + head) / counts[0]
+    else:
+        layer_s = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    rest_s = max(0.0, seconds[-1] - counts[-1] * layer_s)
+    return Pace(layer_s * whole.n_layers, rest_s)
+
+
+def _stored(packed: Recorded, name: str) -> int:
+    return sum(part.stored_bytes for part in packed.records[name].parts())
+
+
+def _cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
+    """The config of the first layers: lists with an entry a layer are cut too."""
+    cut = {
+        key: value[:n_layers] if isinstance(value, list) and len(value) == of else value
+        for key, value in config.items()
+    }
+    return {**cut, "num_hidden_layers": n_layers}
+
+
+def _recipe(ops: OpList, packed: Recorded) -> Recipe:
+    """Random matrices as the model stores its own, but an embedding of its own in one bit: of it a
+    token reads a row."""
+    heads = {op.weight for op in ops.ops if isinstance(op, Head)}
+    rows = {op.weight for op in ops.ops if isinstance(op, Embed)} - heads
+    rules = []
+    for name in ops.matrices():
+        record = packed.records[name]
+        assert isinstance(record, MatrixRecord)
+        if name in rows:
+            rules.append(Rule(name, bits=1, group_size=None))
+            continue
+        symmetric = record.affine is Affine.SYMMETRIC
+        scheme = Scheme.SYMMETRIC if symmetric else Scheme.ASYMMETRIC
+        if symmetric and (record.bits, record.zero) == (2, 1):
+            scheme = Scheme.TERNARY
+        rules.append(Rule(name, record.bits, record.group_size, scheme))
+    return Recipe(tuple(rules))
