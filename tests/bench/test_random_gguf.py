@@ -133,3 +133,8 @@ def test_widths_have_a_type_or_a_sentence():
     ]  # fmt: skip
     with pytest.raises(UnsupportedError, match=r"found 7 bits.*--versus-type: Q4_0"):
         file_type_of(7)
+
+
+def test_experts_are_refused(tmp_path):
+    with pytest.raises(UnsupportedError, match="found olmoe-1b-7b, a model of experts"):
+        random_gguf("olmoe-1b-7b", shape_config("olmoe-1b-7b"), "Q4_0", tmp_path)

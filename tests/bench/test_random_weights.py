@@ -45,6 +45,7 @@ def test_sizes_are_those_of_the_published_models():
         "llama-3-8b": 8030,
         "llama-3.2-1b": 1236,
         "llama-3.2-3b": 3213,
+        "olmoe-1b-7b": 6919,
         "qwen2.5-0.5b": 494,
         "bitnet-3b": 3324,
         "smollm2-135m": 135,

@@ -28,6 +28,26 @@ def test_a_step_reads_every_linear_matrix_and_the_head_once():
     assert found.model_bytes == found.step_bytes + 4 * 5 * 64
 
 
+def test_a_step_reads_the_experts_that_it_picks_and_the_routers():
+    mixture = {
+        **TINY,
+        "model_type": "qwen3_moe",
+        "num_experts": 8,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 64,
+        "mlp_only_layers": [0],
+        "head_dim": 16,
+    }
+    found = counted(mixture, bits=4, group_size=32)
+    attention, dense, expert = 64 * 64 * 2 + 64 * 32 * 2, 3 * 64 * 192, 3 * 64 * 64
+    router, norms = 8 * 64, 5 * 64 + 2 * 2 * 16
+    used = 2 * attention + dense + 2 * expert
+    assert found.linear_weights == used + router
+    assert found.step_bytes == used * 4.5 / 8 + PADDED_HEAD * 8.5 / 8 + 4 * router
+    assert found.n_params == used + 6 * expert + HEAD + router + norms
+    assert found.model_bytes == found.step_bytes + 6 * expert * 4.5 / 8 + 4 * norms
+
+
 def test_an_untied_embedding_is_part_of_the_model_but_not_of_a_step():
     tied, untied = counted(bits=4), counted({**TINY, "tie_word_embeddings": False}, bits=4)
     assert untied.step_bytes == tied.step_bytes

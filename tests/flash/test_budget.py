@@ -39,6 +39,16 @@ with elute.load(sys.argv[1], cache_dir=sys.argv[3], memory=memory, context=512, 
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
 
 
+MIXTURE = {
+    **CONFIGS["olmoe-1b-7b"],
+    "hidden_size": 1024,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_experts": 48,
+    "vocab_size": 4096,
+}
+
+
 class Group:
     """A memory control group of either version, which a process joins before it starts."""
 
@@ -77,6 +87,22 @@ def _text(path: Path) -> str:
 def packed(tmp_path_factory):
     folder = tmp_path_factory.mktemp("budget") / "model"
     return random_packed(CONFIG, random_recipe(bits=8, outer_bits=8), folder)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+def test_a_mixture_of_experts_keeps_its_budget(tmp_path):
+    random_packed(MIXTURE, random_recipe(bits=8, outer_bits=8), tmp_path / "model")
+    command = [sys.executable, "-c", CHILD, str(tmp_path / "model")]
+    told = []
+    for budget in ("", "320000000"):
+        ran = [*command, budget, str(tmp_path / "cache")]
+        done = subprocess.run(ran, capture_output=True, text=True, timeout=300)
+        assert done.returncode == 0, done.stderr
+        told.append(json.loads(done.stdout))
+    free, within = told
+    assert within["tokens"] == free["tokens"]
+    assert within["missed"] > 0
+    assert within["peak"] <= 320_000_000 < free["peak"]
 
 
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")

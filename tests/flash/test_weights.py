@@ -76,6 +76,38 @@ def test_any_budget_gives_the_same_bits(packed, wanted, share, n_threads):
     assert read >= 6 * weights.plan.missed  # six forwards, and what was read ahead of a seventh
 
 
+MIXTURE = {
+    **CONFIGS["olmoe-1b-7b"],
+    "hidden_size": 256,
+    "intermediate_size": 128,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 4,
+    "num_experts": 10,
+    "num_experts_per_tok": 3,
+    "vocab_size": 512,
+    "max_position_embeddings": 1024,
+}
+
+
+@pytest.fixture(scope="module")
+def mixture(tmp_path_factory) -> PackedModel:
+    return random_packed(
+        MIXTURE, random_recipe(bits=4, outer_bits=6), tmp_path_factory.mktemp("flash") / "mixture"
+    )
+
+
+@pytest.mark.parametrize("share", [0, 0.4, 2])
+@pytest.mark.parametrize("n_threads", [1, 3])
+def test_experts_that_pass_through_give_the_same_bits(mixture, share, n_threads):
+    weights = flash(mixture, share)
+    assert bool(weights.plan.places) == (share < 1)
+    wanted = answers(mixture, mixture, n_threads=1)
+    assert np.array_equal(answers(mixture, weights, n_threads=n_threads), wanted)
+    read, _ = weights.figures()
+    assert read >= 6 * weights.plan.missed
+
+
 @pytest.mark.parametrize("reader", READERS)
 @pytest.mark.parametrize("depth", [1, 3, 16])
 @pytest.mark.parametrize("request_bytes", [4096, 12288, 1 << 20])

@@ -13,9 +13,16 @@ from gguf_files import EXPERTS, FFN, HIDDEN, MIXTURES, random_mixture, write_mix
 
 from elute.errors import FormatError, UnsupportedError
 from elute.formats.gguf import GgufCheckpoint, open_gguf
+from elute.kernels.kv_cache import CacheType
+from elute.kernels.lut_matmul.reference import lut_matmul
 from elute.model.families import op_list
+from elute.model.reference import ReferenceExecutor
 from elute.model.weights import check_weights
-from elute.types import QuantizedMatrix
+from elute.pack.convert import convert
+from elute.pack.quads import unpack
+from elute.quantize.recipe import Recipe
+from elute.runtime.executor import Executor
+from elute.types import QuantizedMatrix, TokenizerFiles
 
 each_type = pytest.mark.parametrize("model_type", MIXTURES)
 
@@ -78,6 +85,35 @@ def test_a_window_is_kept(model_type: str, tmp_path: Path) -> None:
     assert config["model_type"] == model_type
     assert config["sliding_window"] == 64
     op_list(config)
+
+
+@each_type
+def test_a_file_is_packed_with_its_codes_and_computes_what_they_say(
+    model_type: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(GgufCheckpoint, "tokenizer_files", lambda _: TokenizerFiles("{}"))
+    stems = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")
+    types = {f"blk.{layer}.{stem}.weight": T.Q4_0 for layer in (0, 1) for stem in stems}
+    checkpoint = opened(tmp_path, model_type, types=types)
+    ops = op_list(checkpoint.config)
+    packed = convert(
+        checkpoint,
+        tmp_path / "packed",
+        Recipe.default(bits=8),
+        tensors=(*ops.matrices(), *ops.vectors()),
+        floats=ops.vectors(),
+    )
+    experts = [name for name in packed.names if ".experts." in name]
+    assert {packed.matrix(name).bits for name in experts} == {4}
+    floats = {name: unpack(packed.matrix(name)).dequantize() for name in ops.matrices()}
+    floats |= {name: packed.vector(name) for name in ops.vectors()}
+    linear = lambda x, name: lut_matmul(x, packed.matrix(name))  # noqa: E731
+    reference = ReferenceExecutor(ops, floats, linear=linear, cache_type=CacheType.F16)
+    tokens = np.arange(5, 25, dtype=np.int32)
+    want = reference.forward(tokens, 0, all_logits=True)
+    got = Executor(ops, packed, n_threads=2).forward(tokens, 0, all_logits=True)
+    error = np.abs(got - want).max(axis=1) / np.abs(want).max(axis=1)
+    assert np.median(error) < 1e-3, error
 
 
 ONE_LESS = np.zeros((EXPERTS - 1, FFN, HIDDEN), np.float32)

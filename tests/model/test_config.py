@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import pytest
@@ -13,7 +14,8 @@ from elute.errors import EluteError, FormatError, UnsupportedError
 from elute.model.config import Config
 from elute.model.families import op_list
 from elute.model.families.gemma3 import gemma3
-from elute.model.ops import Attention, Embed
+from elute.model.ops import Attention, Embed, Experts
+from elute.model.weights import weight_shapes
 
 SIZES = ("hidden_size", "intermediate_size", "num_hidden_layers", "vocab_size")
 COUNTS = (*SIZES, "num_attention_heads", "num_key_value_heads", "max_position_embeddings")
@@ -152,6 +154,67 @@ def test_empty_config_names_the_missing_model_type() -> None:
 
 def test_whole_floats_count() -> None:
     assert op_list(tiny_keys("llama", hidden_size=64.0)).registers["hidden"] == 64
+
+
+# What their config.json says, as far as it is about sizes; millions of weights in all, and those
+# that a token multiplies, embedding apart.
+PUBLISHED: dict[str, tuple[dict[str, Any], int, int]] = {
+    "Mixtral-8x7B-v0.1": (
+        {
+            "model_type": "mixtral",
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "num_local_experts": 8,
+            "num_experts_per_tok": 2,
+            "sliding_window": None,
+            "vocab_size": 32000,
+            "max_position_embeddings": 32768,
+        },
+        46_703,
+        12_749,
+    ),
+    "Qwen3-30B-A3B": (
+        {
+            "model_type": "qwen3_moe",
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "moe_intermediate_size": 768,
+            "num_hidden_layers": 48,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 4,
+            "head_dim": 128,
+            "num_experts": 128,
+            "num_experts_per_tok": 8,
+            "norm_topk_prob": True,
+            "decoder_sparse_step": 1,
+            "mlp_only_layers": [],
+            "sliding_window": None,
+            "use_sliding_window": False,
+            "max_window_layers": 48,
+            "vocab_size": 151936,
+            "max_position_embeddings": 40960,
+        },
+        30_532,
+        3_042,
+    ),
+}
+
+
+@pytest.mark.parametrize(("keys", "total", "used"), PUBLISHED.values(), ids=PUBLISHED.keys())
+def test_published_mixtures_have_their_sizes(keys: dict[str, Any], total: int, used: int) -> None:
+    ops = op_list(keys)
+    sizes = {name: math.prod(shape) for name, shape in weight_shapes(ops).items()}
+    assert round(sum(sizes.values()) / 1e6) == total
+    experts = [op for op in ops.ops if isinstance(op, Experts)]
+    unused = sum(
+        sum(sizes[name] for name in op.matrices()) * (len(op.gates) - op.top_k) // len(op.gates)
+        for op in experts
+    )
+    embedding = keys["vocab_size"] * keys["hidden_size"]
+    assert round((sum(sizes.values()) - unused - embedding) / 1e6) == used
 
 
 def test_gemma3_wrapper_is_gemma3_text() -> None:

@@ -18,7 +18,7 @@ import numpy as np
 
 from elute.errors import BudgetError, UnsupportedError
 from elute.formats.atomic_directory import atomic_directory, disk_errors
-from elute.formats.gguf_names import ARCHITECTURES, expected_tensors
+from elute.formats.gguf_names import ARCHITECTURES, EXPERTS, expected_tensors
 from elute.model.families import op_list
 from elute.quantize.recipe import EMBEDDING, HEAD
 from elute.types import U8
@@ -135,8 +135,14 @@ def random_gguf(
     config    a config.json of llama, qwen2 or bitnet
     progress  is called with (bytes written, bytes in all)
 
-    Raises BudgetError when the disk does not hold it, EluteError when it cannot be written.
+    Raises UnsupportedError for a shape of experts, BudgetError when the disk does not hold it,
+    EluteError when it cannot be written.
     """
+    if config["model_type"] in EXPERTS:
+        raise UnsupportedError(
+            f"versus: found {name}, a model of experts, for which no random GGUF file is made; "
+            "choose a dense shape"
+        )
     plan = _Plan(config, file_type)
     place = folder / f"{name}-{file_type}-v{VERSION}"
     path = place / FILE_NAME

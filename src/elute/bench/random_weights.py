@@ -46,7 +46,8 @@ def random_recipe(
 
 
 class RandomWeights:
-    """A WeightSource: random codes, small positive scales, norms of one, biases of zero.
+    """A WeightSource: random codes, small positive scales, norms of one, biases of zero, random
+    routers.
 
     A matrix multiplies the size of its input by about one, so hidden states and logits stay finite.
     Raises BudgetError, before taking memory, when it is not there.
@@ -87,7 +88,10 @@ class RandomWeights:
         return self._matrices[name]
 
     def vector(self, name: str) -> F32:
-        return np.full(self._vectors[name], name in self._norms, np.float32)
+        shape = self._vectors[name]
+        if len(shape) == 2:  # a router: equal logits would send all rows to the same experts
+            return self._random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))
+        return np.full(shape, name in self._norms, np.float32)
 
     def _random_matrix(self, shape: tuple[int, int], rule: Rule) -> PackedMatrix:
         n, k = shape

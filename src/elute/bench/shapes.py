@@ -62,6 +62,24 @@ CONFIGS: Mapping[str, Mapping[str, Any]] = {
         "rope_theta": 500_000.0,
         "tie_word_embeddings": True,
     },
+    # 64 experts, 8 of them for a token: 1.3 of 6.9 billion weights
+    "olmoe-1b-7b": {
+        "model_type": "olmoe",
+        "hidden_act": "silu",
+        "rms_norm_eps": 1e-5,
+        "hidden_size": 2048,
+        "intermediate_size": 1024,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 16,
+        "num_key_value_heads": 16,
+        "num_experts": 64,
+        "num_experts_per_tok": 8,
+        "norm_topk_prob": False,
+        "vocab_size": 50304,
+        "max_position_embeddings": 4096,
+        "rope_theta": 10_000.0,
+        "tie_word_embeddings": False,
+    },
     # the smallest with a vocabulary of 150k: the head is a third of its bytes
     "qwen2.5-0.5b": {
         "model_type": "qwen2",

@@ -14,7 +14,7 @@ from elute.bench.traffic import Traffic, traffic
 from elute.kernels.kv_cache import CacheType
 from elute.kernels.kv_cache import cache_type as chosen_cache_type
 from elute.model.families import op_list
-from elute.model.ops import Head, Linear, OpList
+from elute.model.ops import Experts, Head, Linear, OpList
 from elute.types import Affine, PackedMatrix, WeightSource
 
 if TYPE_CHECKING:
@@ -106,8 +106,8 @@ def stored_as(ops: OpList, weights: WeightSource) -> str:
     kinds: Counter[str] = Counter()
     head = ""
     for op in ops.ops:
-        if isinstance(op, Linear):
-            for name in op.weights:
+        if isinstance(op, Linear | Experts):
+            for name in op.weights if isinstance(op, Linear) else op.matrices():
                 packed = weights.matrix(name)
                 kinds[_kind(packed)] += packed.shape[0] * packed.shape[1]
         elif isinstance(op, Head):

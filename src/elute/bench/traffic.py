@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from elute.kernels.kv_cache import CacheType, position_bytes
-from elute.model.ops import Attention, Head, Linear, OpList
+from elute.model.ops import Attention, Experts, Head, Linear, OpList, Router
 from elute.model.weights import weight_shapes
 from elute.types import PackedMatrix, WeightSource
 
@@ -28,8 +30,8 @@ class Traffic:
     model_bytes     all weights, each once: planes, scales, offsets, norms, biases
     n_params        weights of all of them
     bits_per_weight of the matrices, scales and offsets included
-    step_bytes      what one token reads of the matrices: all but the embedding, of which it reads a
-                    row that is not counted
+    step_bytes      what one token reads of the matrices and routers: all but the experts that it
+                    does not pick, and the embedding, of which it reads a row that is not counted
     linear_weights  of the matrices that every token multiplies; head_weights of the one that only
                     tokens with logits do
     """
@@ -62,21 +64,31 @@ class Traffic:
 
 def traffic(ops: OpList, weights: WeightSource, cache_type: CacheType = CacheType.F16) -> Traffic:
     """Counts what `weights` holds for `ops`."""
-    n_bytes, n_weights = {}, {}
+    n_bytes: dict[str, int] = {}
+    n_weights: dict[str, int] = {}
     for name in ops.matrices():
         packed = weights.matrix(name)
         n_bytes[name] = packed_bytes(packed)
         n_weights[name] = packed.shape[0] * packed.shape[1]
     shapes = weight_shapes(ops)
-    n_vector = sum(shapes[name][0] for name in ops.vectors())
+    n_vector = sum(math.prod(shapes[name]) for name in ops.vectors())
     linear = [name for op in ops.ops if isinstance(op, Linear) for name in op.weights]
+    routers = sum(math.prod(shapes[op.weight]) for op in ops.ops if isinstance(op, Router))
+    experts = [op for op in ops.ops if isinstance(op, Experts)]
+
+    def picked(sizes: Mapping[str, int]) -> int:
+        """Of the experts that a token picks, were all of one size."""
+        return sum(
+            op.top_k * sum(sizes[name] for name in op.matrices()) // len(op.gates) for op in experts
+        )
+
     head = [op.weight for op in ops.ops if isinstance(op, Head)]
     return Traffic(
         model_bytes=sum(n_bytes.values()) + 4 * n_vector,
         n_params=sum(n_weights.values()) + n_vector,
         bits_per_weight=8 * sum(n_bytes.values()) / sum(n_weights.values()),
-        step_bytes=sum(n_bytes[name] for name in (*linear, *head)),
-        linear_weights=sum(n_weights[name] for name in linear),
+        step_bytes=sum(n_bytes[name] for name in (*linear, *head)) + picked(n_bytes) + 4 * routers,
+        linear_weights=sum(n_weights[name] for name in linear) + picked(n_weights) + routers,
         head_weights=sum(n_weights[name] for name in head),
         layers=tuple(
             CachedLayer(

@@ -16,7 +16,7 @@ from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Part, Records
 from elute.formats.page_sums import PageSums
-from elute.model.ops import Linear, OpList
+from elute.model.ops import Experts, Linear, OpList
 from elute.types import F32, PANEL, U8, Affine, PackedMatrix
 
 log = logging.getLogger(__name__)
@@ -158,22 +158,30 @@ class Recorded(Protocol):
 
 
 def uses(ops: OpList, packed: Recorded) -> list[Use]:
-    """The uses of a forward, in order: linears, cut as the executor cuts them (by column order)."""
+    """The uses of a forward, in order: linears, cut as the executor cuts them (by column order),
+    and the experts of a layer, all at once: which of them a token picks is not known before.
+    """
     found: list[Use] = []
     for op in ops.ops:
+        if isinstance(op, Experts):
+            found.append(_use(packed, op.matrices()))
         if not isinstance(op, Linear):
             continue
         by_order: dict[bytes, list[str]] = {}
         for name in op.weights:
             by_order.setdefault(packed.column_order(name) or b"", []).append(name)
         for names in by_order.values():
-            sizes = tuple(next(iter(packed.records[name].parts())).stored_bytes for name in names)
-            found.append(Use(tuple(names), sizes))
+            found.append(_use(packed, names))
     return found
 
 
+def _use(packed: Recorded, names: Sequence[str]) -> Use:
+    sizes = tuple(next(iter(packed.records[name].parts())).stored_bytes for name in names)
+    return Use(tuple(names), sizes)
+
+
 def resident_bytes(ops: OpList, packed: Recorded) -> int:
-    """Of all that stays under any plan: everything but the planes of linears."""
+    """Of all that stays under any plan: everything but the planes of linears and experts."""
     linear = {name for use in uses(ops, packed) for name in use.names}
     return sum(
         part.stored_bytes

@@ -225,9 +225,10 @@ def weight_bytes(records: Records) -> int:
 
 
 def _own_bytes(record: MatrixRecord | VectorRecord) -> int:
-    in_bank = isinstance(record, MatrixRecord) and record.bank is not None
-    rows = record.row_bytes * record.shape[1] if in_bank else 0
-    return rows + sum(part.n_bytes for part in record.parts())
+    parts = sum(part.n_bytes for part in record.parts())
+    if isinstance(record, MatrixRecord) and record.bank is not None:
+        return parts + record.row_bytes * record.shape[1]
+    return parts
 
 
 def bits_per_weight(records: Records) -> float:

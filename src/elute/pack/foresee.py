@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -40,6 +40,7 @@ def foresee(
     recipe: Recipe,
     *,
     tensors: Sequence[str],
+    floats: Collection[str] = (),
     headers_only: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
 ) -> Foreseen:
@@ -58,12 +59,12 @@ def foresee(
     end = start
     for name, shape in shapes.items():
         record: MatrixRecord | VectorRecord
-        if len(shape) == 2:
+        if len(shape) == 2 and name not in floats:
             record, order = _matrix(checkpoint, name, (shape[0], shape[1]), recipe, headers_only)
             if order is not None:
                 orders[name] = order
         else:
-            record = VectorRecord((shape[0],), "")
+            record = VectorRecord(tuple(shape), "")
         stored_bytes = sum(part.stored_bytes for part in record.parts())
         if records and end + stored_bytes > max_shard_bytes:
             number, end = number + 1, start

@@ -7,10 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from elute.errors import BudgetError, ShapeError
+from elute.errors import NOTE, BudgetError, ShapeError
 from elute.flash.plan import Plan, Use, solve
 from elute.kernels import kv_cache
-from elute.model.ops import Attention, OpList
+from elute.model.ops import Attention, Experts, OpList
 
 if TYPE_CHECKING:
     from elute.flash.weights import Recorded
@@ -51,11 +51,22 @@ def scratch_bytes(ops: OpList, *, chunk: int, n_threads: int, context: int) -> i
     widest = max(ops.registers.values())
     heads = max((op.n_heads for op in ops.ops if isinstance(op, Attention)), default=1)
     rows = 4 * chunk * sum(ops.registers.values())
+    rows += max(
+        (_expert_rows(op, ops, chunk) for op in ops.ops if isinstance(op, Experts)), default=0
+    )
     # codes, scales, sums, pair words and tiles a row; tables of the few rows that are looked up
     activations = chunk * widest * 4 + 16 * widest * 5
     partials = heads * (-(-context // 256)) * (ops.head_width + 2) * 4
     threads = n_threads * (chunk * 32 * 4 * 4 + 512 * 1024)
     return rows + activations + partials + threads + 3 * 4 * ops.vocabulary
+
+
+def _expert_rows(op: Experts, ops: OpList, chunk: int) -> int:
+    """What experts compute of the rows that picked them, and those rows, quantized, with tables."""
+    slots = chunk * op.top_k
+    slots += slots // 6 * 5  # where they would all begin a tile of 6 rows
+    hidden = ops.registers[op.input]
+    return slots * (4 * (2 * op.width + hidden) + max(hidden, op.width) * 9)
 
 
 @dataclass(frozen=True)
@@ -102,4 +113,7 @@ def fit(
         "cache": cache_bytes(ops, chosen, kind),
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
-    return Fit(solve(budget, fixed, order), chosen)
+    plan = solve(budget, fixed, order)
+    if plan.places and any(isinstance(op, Experts) for op in ops.ops):
+        log.log(NOTE, "memory: experts that do not stay are read for every token, picked or not")
+    return Fit(plan, chosen)

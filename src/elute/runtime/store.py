@@ -176,7 +176,8 @@ def foresee_packed(
     if is_packed(target):
         return PackedModel.open(target)
     checkpoint, ops = checked_checkpoint(source.path)
-    return foresee(checkpoint, chosen, tensors=(*ops.matrices(), *ops.vectors()))
+    names = (*ops.matrices(), *ops.vectors())
+    return foresee(checkpoint, chosen, tensors=names, floats=ops.vectors())
 
 
 def _foresee_remote(model: Unfetched, recipe: Recipe, endpoint: str | None) -> Foreseen:
@@ -193,7 +194,9 @@ def _foresee_remote(model: Unfetched, recipe: Recipe, endpoint: str | None) -> F
             in_header = model.file is not None
             checkpoint, ops = checked_checkpoint(path, with_tokenizer=in_header)
             names = (*ops.matrices(), *ops.vectors())
-            found = foresee(checkpoint, recipe, tensors=names, headers_only=True)
+            found = foresee(
+                checkpoint, recipe, tensors=names, floats=ops.vectors(), headers_only=True
+            )
         except EluteError as error:
             raise renamed(error, Path(folder), repository, model.file) from None
     return replace(found, source=model.id)
