@@ -6,6 +6,10 @@
 #include <bit>
 #include <chrono>
 #include <cstring>
+#include <iomanip>
+#include <sstream>
+
+#include "crc32c.h"
 
 namespace elute {
 namespace {
@@ -26,7 +30,9 @@ BankCache::BankCache(const std::vector<std::string>& paths, std::vector<Bank> ba
       request_bytes_(options.request_bytes),
       gap_bytes_(options.gap_bytes),
       predictor_(options.predictor),
-      process_(getpid()) {
+      process_(getpid()),
+      sums_(options.sums),
+      first_page_(options.first_page) {
   for (const std::string& path : paths_) files_.emplace_back(path, options.direct);
   int most_blocks = 0;
   for (const Bank& bank : banks_) {
@@ -48,7 +54,10 @@ BankCache::BankCache(const std::vector<std::string>& paths, std::vector<Bank> ba
     half.at.assign(most_blocks, kNowhere);
     half.ahead.assign(most_blocks, 0);
   }
-  if (!paths_.empty()) reader_ = open_flash_reader(options.reader, options.depth);
+  if (paths_.empty()) return;
+  reader_ = open_flash_reader(options.reader, options.depth);
+  pending_.resize(reader_->depth());
+  for (int id = reader_->depth(); id-- > 0;) free_ids_.push_back(id);
 }
 
 BankCache::~BankCache() {
@@ -194,20 +203,48 @@ void BankCache::submit(const Run& run, const Half& half) {
   const int64_t n_bytes = (run.last - run.first + 1) * b.block_bytes;
   ++figures_.requests;
   figures_.read_bytes += n_bytes;
-  reader_->submit({files_[b.file].descriptor(), b.offset + run.first * b.block_bytes, n_bytes,
-                   memory(half) + half.at[run.first], half.bank});
+  const int id = free_ids_.back();
+  free_ids_.pop_back();
+  pending_[id] = {{files_[b.file].descriptor(), b.offset + run.first * b.block_bytes, n_bytes,
+                   memory(half) + half.at[run.first], id},
+                  b.file};
+  reader_->submit(pending_[id].read);
   ++in_flight_;
 }
 
 void BankCache::reap() {
   const FlashDone done = reader_->wait();
   --in_flight_;
-  if (!done.error) return;
-  const Bank& b = banks_[done.id];
-  fail(paths_[b.file] + ": cannot read a bank of " + std::to_string(b.n_blocks() * b.block_bytes) + " bytes at byte " +
-       std::to_string(b.offset) + " (" +
-       (done.error == kFlashShort ? "the file ends before that" : std::strerror(done.error)) +
-       "); check the disk, or convert the model again");
+  const Pending& pending = pending_[done.id];
+  free_ids_.push_back(static_cast<int>(done.id));
+  if (done.error) {
+    return fail(where(pending.read, pending.file,
+                      done.error == kFlashShort ? "the file ends before that" : std::strerror(done.error)));
+  }
+  files_[pending.file].forget(pending.read.offset, pending.read.n_bytes);
+  if (sums_) check(pending.read, pending.file);
+}
+
+void BankCache::check(const FlashRead& read, int file) {
+  const int64_t first = read.offset / kSummedPage, n_pages = read.n_bytes / kSummedPage;
+  const uint32_t* wanted = sums_ + first_page_[file] + first;
+  uint32_t found = 0;
+  const int64_t page = first_wrong_page(read.to, n_pages, wanted, &found);
+  if (page == n_pages) return;
+  FlashRead bad = read;
+  bad.offset += page * kSummedPage;
+  bad.n_bytes = kSummedPage;
+  std::ostringstream what;
+  what << std::hex << std::setfill('0') << "their CRC-32C is " << std::setw(8) << found << ", wanted " << std::setw(8)
+       << wanted[page];
+  fail(where(bad, file, what.str()));
+}
+
+std::string BankCache::where(const FlashRead& read, int file, const std::string& what) const {
+  const std::string& path = paths_[file];
+  return path + ": cannot read " + std::to_string(read.n_bytes) + " bytes from byte " + std::to_string(read.offset) + " (" +
+         what + "); run elute verify " + path.substr(0, path.find_last_of('/')) +
+         " to see what is damaged, check the disk, or convert the model again";
 }
 
 // Least frequently used: a block of the half that was used more often than one that stays takes its place.

@@ -43,6 +43,10 @@ class BankCache {
     int64_t gap_bytes;      // unwanted bytes between wanted ones that cost less to read than a second request
     bool direct;
     Predictor predictor;
+    // What the pages of the files must sum to, by crc32c.h: page p of file f to sums[first_page[f] + p]; null: nothing is
+    // checked. Outlives the cache.
+    const uint32_t* sums = nullptr;
+    std::vector<int64_t> first_page = {};
   };
   struct Figures {
     int64_t read_bytes = 0, wanted_bytes = 0, requests = 0;  // wanted: of blocks that were not there
@@ -115,6 +119,8 @@ class BankCache {
   void submit(const Run& run, const Half& half);
   uint8_t* memory(const Half& half) const { return staging_ + (&half == &halves_[1] ? half_bytes_ : 0); }
   void reap();
+  void check(const FlashRead& read, int file);
+  std::string where(const FlashRead& read, int file, const std::string& what) const;
   void admit(const Half& half);
   void place(const Half& half, int bank);
   void predict(int64_t sequence, int use);
@@ -133,6 +139,14 @@ class BankCache {
   std::vector<std::vector<uint64_t>> last_;  // [use], words of rows
   Half halves_[2];
   int in_flight_ = 0;
+  struct Pending {
+    FlashRead read;
+    int file;
+  };
+  std::vector<Pending> pending_;     // by id
+  std::vector<int> free_ids_;
+  const uint32_t* const sums_;
+  const std::vector<int64_t> first_page_;
   std::vector<Run> runs_;            // to be read
   std::vector<int> blocks_;          // that are wanted
   std::vector<int> order_, victims_; // of admission

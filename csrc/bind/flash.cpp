@@ -157,7 +157,8 @@ std::vector<BankCache::Use> checked_uses(const std::vector<std::pair<int, int>>&
 BankCache* open_banks(const std::vector<std::string>& paths, const std::vector<BankTuple>& tuples,
                       const std::vector<std::pair<int, int>>& uses, const Memory& slots, const Memory& staging,
                       const std::string& reader, int depth, int64_t request_bytes, int64_t gap_bytes, bool direct,
-                      const std::string& predictor) {
+                      const std::string& predictor, const std::optional<ArrayIn<uint32_t, 1>>& sums,
+                      const std::vector<int64_t>& first_page) {
   const auto want = [](bool holds, const char* what) {
     if (!holds) throw std::invalid_argument(std::string("banks: ") + what);
   };
@@ -169,8 +170,15 @@ BankCache* open_banks(const std::vector<std::string>& paths, const std::vector<B
   const int64_t half = static_cast<int64_t>(staging.size()) / 2 / kFlashAlignment * kFlashAlignment;
   want(static_cast<int64_t>(slots.size()) >= BankCache::slots_bytes(banks), "slots are too small");
   want(half >= BankCache::least_half(banks), "staging is too small");
+  for (const BankCache::Bank& bank : banks) {
+    if (!sums) break;
+    want(first_page.size() == paths.size() && first_page[bank.file] >= 0, "first pages");
+    const int64_t end = first_page[bank.file] + (bank.offset + bank.n_blocks() * bank.block_bytes) / kFlashAlignment;
+    want(end <= static_cast<int64_t>(sums->size()), "sums are too few");
+  }
   return new BankCache(paths, banks, checked_uses(uses, banks), slots.data(), staging.data(), half,
-                       {reader, depth, request_bytes, gap_bytes, direct, predictor_named(predictor)});
+                       {reader, depth, request_bytes, gap_bytes, direct, predictor_named(predictor),
+                        sums ? sums->data() : nullptr, first_page});
 }
 
 // Banks that are in memory: arrays of whole blocks.
@@ -184,7 +192,7 @@ BankCache* resident_banks(const std::vector<Resident>& arrays, const std::vector
     banks[i].resident = arrays[i].data();
   }
   return new BankCache({}, banks, checked_uses(uses, banks), nullptr, nullptr, 0,
-                       {"auto", 1, kFlashAlignment, 0, true, Predictor::none});
+                       {"auto", 1, kFlashAlignment, 0, true, Predictor::none, nullptr, {}});
 }
 
 }  // namespace
@@ -238,7 +246,8 @@ void bind_flash(nb::module_& m) {
            "The rows that a use wanted last: bit r % 64 of word r / 64; between forwards.");
   m.def("open_banks", &open_banks, nb::rv_policy::take_ownership, nb::arg("paths"), nb::arg("banks"), nb::arg("uses"), nb::arg("slots"), nb::arg("staging"),
         nb::arg("reader"), nb::arg("depth"), nb::arg("request_bytes"), nb::arg("gap_bytes"), nb::arg("direct"), nb::arg("predictor"),
-        nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(),
+        nb::arg("sums").none() = nb::none(), nb::arg("first_page") = std::vector<int64_t>{},
+        nb::keep_alive<0, 4>(), nb::keep_alive<0, 5>(), nb::keep_alive<0, 12>(),
         "banks [(file, offset, block_bytes, row_bytes, rows, rows a block, slots)], uses [(bank, use that predicts it)]");
   m.def("resident_banks", &resident_banks, nb::rv_policy::take_ownership, nb::arg("arrays"), nb::arg("banks"), nb::arg("uses"), nb::keep_alive<0, 1>());
   m.def("open_stream", &make_stream, nb::rv_policy::take_ownership, nb::arg("paths"), nb::arg("pieces"), nb::arg("window"), nb::arg("reader") = "auto",

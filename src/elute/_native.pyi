@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import numpy.typing as npt
 
@@ -199,7 +201,24 @@ class Executor:
         biases: list[list[float]],
         columns: list[int],
         mask: int = -1,
-    ) -> None: ...
+        use: int = -1,
+    ) -> None:
+        """use: of the banks that the matrices, of add_channel_matrix, lie in; -1: of add_matrix"""
+
+    def add_channel_matrix(
+        self,
+        banks: BankCache,
+        bank: int,
+        offset: int,
+        scales: _F16,
+        offsets: _F16 | None,
+        n: int,
+        k: int,
+        bits: int,
+        group_size: int,
+        zero: int,
+        affine: str,
+    ) -> int: ...
     def add_mask(self, width: int) -> int: ...
     def set_mask(self, mask: int, importance: list[float], threshold: float) -> None:
         """Channels with |x| * importance < threshold are 0; an empty importance: none is."""
@@ -248,6 +267,37 @@ class Executor:
         all_logits: bool = False,
         want_logits: bool = True,
     ) -> _F32 | None: ...
+
+class BankCache:
+    reader: str
+    direct: bool
+    failure: str
+    def figures(self) -> dict[str, Any]: ...
+    def last(self, use: int) -> npt.NDArray[np.uint64]: ...
+
+def open_banks(
+    paths: list[str],
+    banks: list[tuple[int, int, int, int, int, int, int]],
+    uses: list[tuple[int, int]],
+    slots: _U8,
+    staging: _U8,
+    reader: str,
+    depth: int,
+    request_bytes: int,
+    gap_bytes: int,
+    direct: bool,
+    predictor: str,
+    sums: npt.NDArray[np.uint32] | None = None,
+    first_page: list[int] = ...,
+) -> BankCache:
+    """banks (file, offset, block_bytes, row_bytes, rows, rows a block, slots); uses (bank, use
+    that predicts it)"""
+
+def resident_banks(
+    arrays: list[_U8],
+    banks: list[tuple[int, int, int, int, int, int, int]],
+    uses: list[tuple[int, int]],
+) -> BankCache: ...
 
 class Sampler:
     """Its twin in numpy, elute.kernels.sampling.reference.Sampler, says what everything means."""

@@ -6,7 +6,7 @@ Sizes are bytes, of which planes come in multiples of BLOCK. Knows no file and n
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from elute.errors import BudgetError
 
@@ -36,7 +36,9 @@ class Plan:
     pinned    matrices whose planes stay
     places    of the others, in the order of use: where in the window they are read to
     window    bytes
-    missed    bytes that a forward reads from flash
+    missed    bytes that a dense forward reads from flash
+    slots     of banks in channel order: how many blocks may stay
+    slot_bytes, staging  of all slots, and of the memory through which the other blocks pass
     """
 
     budget: int
@@ -46,10 +48,14 @@ class Plan:
     places: Mapping[str, int]
     window: int
     missed: int
+    slots: Mapping[str, int] = field(default_factory=dict)
+    slot_bytes: int = 0
+    staging: int = 0
 
     @property
     def total(self) -> int:
-        return sum(self.fixed.values()) + self.pinned_bytes + self.window
+        held = self.pinned_bytes + self.window + self.slot_bytes + self.staging
+        return sum(self.fixed.values()) + held
 
     def seconds(self, *, touched: int, flash_bytes_s: float, dram_bytes_s: float) -> float:
         """A forward of one token takes at least this: reading flash and reading memory overlap."""
@@ -94,6 +100,45 @@ def solve(budget: int, fixed: Mapping[str, int], uses: Sequence[Use]) -> Plan:
         window,
         sum(size for _, size in streamed),
     )
+
+
+@dataclass(frozen=True)
+class BankSize:
+    """A bank in channel order: equal blocks, of which any may be wanted."""
+
+    name: str
+    n_blocks: int
+    block_bytes: int
+
+    @property
+    def total(self) -> int:
+        return self.n_blocks * self.block_bytes
+
+
+def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]) -> Plan:
+    """All blocks where they fit; else as many of each bank as its share, and room through which two
+    uses pass: one is multiplied while the next is read. Raises BudgetError like solve.
+    """
+    total = sum(bank.total for bank in banks)
+    needed = sum(fixed.values())
+    rest = budget - needed
+    if rest >= total:
+        slots = {bank.name: bank.n_blocks for bank in banks}
+        return Plan(budget, fixed, (), 0, {}, 0, 0, slots, total, 0)
+    staging = 2 * max(bank.total for bank in banks)
+    if rest < staging:
+        parts = ", ".join(f"{purpose} {size / 1e6:.0f}" for purpose, size in fixed.items())
+        raise BudgetError(
+            f"memory: found {budget / 1e6:.0f} MB, wanted at least {(needed + staging) / 1e6:.0f} "
+            f"(MB: {parts}, staging {staging / 1e6:.0f}); give more, or a smaller context"
+        )
+    room = rest - staging
+    slots = {
+        bank.name: min(bank.n_blocks, bank.total * room // total // bank.block_bytes)
+        for bank in banks
+    }
+    held = sum(slots[bank.name] * bank.block_bytes for bank in banks)
+    return Plan(budget, fixed, (), 0, {}, 0, total - held, slots, held, staging)
 
 
 def _spread(uses: Sequence[Use], room: int) -> tuple[set[str], int]:

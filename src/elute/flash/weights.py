@@ -12,12 +12,14 @@ import numpy.typing as npt
 
 from elute import _native
 from elute.errors import NOTE, DeviceError
+from elute.flash import banks
+from elute.flash.banks import Predictor
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Part, Records
 from elute.formats.page_sums import PageSums
 from elute.model.ops import Experts, Linear, OpList
-from elute.types import F32, PANEL, U8, Affine, PackedMatrix
+from elute.types import F32, PANEL, U8, Affine, InBank, PackedMatrix
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +46,9 @@ class FlashWeights:
         request_bytes: int = REQUEST_BYTES,
         direct: bool = True,
         sums: PageSums | None = None,
+        predictor: Predictor = Predictor.MODEL,
+        bank_depth: int = banks.DEPTH,
+        gap_bytes: int = banks.GAP_BYTES,
     ) -> None:
         self._packed = packed
         self._sums = sums
@@ -59,6 +64,15 @@ class FlashWeights:
                 self._parts[name + part.suffix] = (size, part)
                 pieces.append(self._piece(name, part, size))
                 size += part.stored_bytes
+        # Where all fit, banks are read at once, and whole.
+        self._bank_at: dict[str, int] = {}
+        for name, bank in packed.banks.items():
+            if plan.staging == 0:
+                self._bank_at[name] = size
+                pieces.append(self._piece(name, bank.part(), size))
+                size += bank.part().stored_bytes
+        self._predictor, self._bank_depth, self._gap_bytes = predictor, bank_depth, gap_bytes
+        self._banks: _native.BankCache | None = None
         self._memory = pages(size)
         self._window = pages(plan.window) if plan.places else None
         loading = self._open(pieces, self._memory)
@@ -75,6 +89,10 @@ class FlashWeights:
                 packed.path,
             )
         self._stream: _native.WeightStream | None = None
+
+    @property
+    def packed(self) -> PackedModel:
+        return self._packed
 
     def matrix(self, name: str) -> PackedMatrix:
         record = self._packed.records[name]
@@ -104,6 +122,57 @@ class FlashWeights:
         values: F32 = self._array(name).reshape(self._packed.records[name].shape)
         return values
 
+    def in_bank(self, name: str) -> InBank | None:
+        """As PackedModel.in_bank, from memory."""
+        record = self._packed.records[name]
+        if not isinstance(record, MatrixRecord) or record.bank is None:
+            return None
+        group_shape = (record.n_panels, record.n_groups, PANEL)
+        symmetric = record.affine is Affine.SYMMETRIC
+        return InBank(
+            shape=record.shape,
+            scales=self._array(name + ".scales").reshape(group_shape),
+            offsets=None if symmetric else self._array(name + ".offsets").reshape(group_shape),
+            affine=record.affine,
+            zero=record.zero,
+            bits=record.bits,
+            group_size=record.group_size,
+            bank=record.bank,
+            offset=record.bank_offset,
+        )
+
+    def open_banks(self, uses: Sequence[banks.BankUse]) -> _native.BankCache:
+        """For an executor whose linears use banks so. One executor at a time."""
+        packed, plan = self._packed, self.plan
+        if plan.staging == 0:
+            arrays = [
+                self._memory[self._bank_at[name] :][: bank.part().stored_bytes]
+                for name, bank in packed.banks.items()
+            ]
+            self._banks = banks.loaded_banks(packed, uses, arrays)
+            return self._banks
+        reader, _, request_bytes, direct = self._options
+        self._banks = banks.cached_banks(
+            packed,
+            uses,
+            plan,
+            slots=pages(plan.slot_bytes),
+            staging=pages(plan.staging),
+            reader=reader,
+            depth=self._bank_depth,
+            request_bytes=request_bytes,
+            gap_bytes=self._gap_bytes,
+            direct=direct,
+            predictor=self._predictor,
+            sums=self._sums,
+        )
+        return self._banks
+
+    @property
+    def banks(self) -> _native.BankCache | None:
+        """What open_banks gave last, for its figures."""
+        return self._banks
+
     def attach(self, native: _native.Executor, names: Sequence[str]) -> None:
         """Lets the executor, whose matrices have these names, use what streams."""
         if not self.plan.places:
@@ -121,12 +190,16 @@ class FlashWeights:
 
     def figures(self) -> tuple[int, float]:
         """(bytes read from flash since it was opened, seconds that threads waited for them)."""
+        if self._banks is not None:
+            found = self._banks.figures()
+            return found["read_bytes"], found["waited_s"]
         return self._stream.figures() if self._stream is not None else (0, 0.0)
 
     def _piece(self, name: str, part: Part, at: int) -> tuple[int, int, int, int]:
-        record = self._packed.records[name]
-        offset = self._packed.shards[record.file].offset(name + part.suffix)
-        return self._files.index(record.file), offset, part.stored_bytes, at
+        whole_bank = part.suffix == ".channels"
+        file = (self._packed.banks if whole_bank else self._packed.records)[name].file
+        offset = self._packed.shards[file].offset(name + part.suffix)
+        return self._files.index(file), offset, part.stored_bytes, at
 
     def _open(self, pieces: list[tuple[int, int, int, int]], memory: U8) -> _native.WeightStream:
         reader, depth, request_bytes, direct = self._options
@@ -169,7 +242,9 @@ def uses(ops: OpList, packed: Recorded) -> list[Use]:
             continue
         by_order: dict[bytes, list[str]] = {}
         for name in op.weights:
-            by_order.setdefault(packed.column_order(name) or b"", []).append(name)
+            record = packed.records[name]
+            if not isinstance(record, MatrixRecord) or record.bank is None:
+                by_order.setdefault(packed.column_order(name) or b"", []).append(name)
         for names in by_order.values():
             found.append(_use(packed, names))
     return found

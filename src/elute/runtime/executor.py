@@ -11,8 +11,10 @@ import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
+from elute.flash.banks import bank_uses, resident_banks
 from elute.flash.sparsity import Threshold
 from elute.flash.weights import FlashWeights
+from elute.formats.packed import PackedModel
 from elute.kernels import kv_cache, registry
 from elute.model.ops import (
     Add,
@@ -29,7 +31,7 @@ from elute.model.ops import (
 )
 from elute.model.weights import check_shape, weight_shapes
 from elute.runtime.threads import default_threads
-from elute.types import F32, I32, I64, PackedMatrix, WeightSource
+from elute.types import F32, I32, I64, InBank, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
 MAX_CONTEXT = 1 << 24  # the last position that is exact in f32, as rotary angles need it
@@ -225,6 +227,9 @@ class _Builder:
         }
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self.masks: dict[str, int] = {}
+        self._in_banks: dict[str, int] = {}  # index of a matrix in channel order
+        self._banks, self._bank_index = _open_banks(ops, weights)
+        self._next_use = 0
 
     def build(self) -> None:
         for op in self._ops.ops:
@@ -325,6 +330,18 @@ class _Builder:
         """Weights that want the same column order share one quantization and its tables."""
         mask = self._native.add_mask(self._ops.registers[op.input])
         self.masks[op.weights[0]] = mask
+        if self._banks is not None and self._in_bank(op.weights[0]) is not None:
+            self._native.linear(
+                self._registers[op.input],
+                [self._channel_matrix(name) for name in op.weights],
+                [self._registers[output] for output in op.outputs],
+                [self._bias(bias) for bias in op.biases],
+                [],
+                mask,
+                self._next_use,
+            )
+            self._next_use += 1
+            return
         by_order: dict[bytes, list[int]] = {}
         for i, name in enumerate(op.weights):
             _, packed = self._matrix(name)
@@ -362,8 +379,48 @@ class _Builder:
             str(op.activation),
         )
 
+    def _in_bank(self, name: str) -> InBank | None:
+        source = self._weights
+        return source.in_bank(name) if isinstance(source, PackedModel | FlashWeights) else None
+
+    def _channel_matrix(self, name: str) -> int:
+        matrix = self._in_bank(name)
+        assert matrix is not None
+        assert self._banks is not None
+        check_shape(name, matrix.shape, self._shapes[name], where="weights")
+        if name not in self._in_banks:
+            self._in_banks[name] = self._native.add_channel_matrix(
+                self._banks,
+                self._bank_index[matrix.bank],
+                matrix.offset,
+                matrix.scales,
+                matrix.offsets,
+                *matrix.shape,
+                matrix.bits,
+                matrix.group_size,
+                matrix.zero,
+                str(matrix.affine),
+            )
+        return self._in_banks[name]
+
     def _bias(self, name: str | None) -> list[float]:
         return [] if name is None else self._vector(name).tolist()
+
+
+def _open_banks(
+    ops: OpList, weights: WeightSource
+) -> tuple[_native.BankCache | None, dict[str, int]]:
+    """The banks of a model in channel order, and their indices by name."""
+    packed = weights.packed if isinstance(weights, FlashWeights) else weights
+    if not isinstance(packed, PackedModel) or not packed.banks:
+        return None, {}
+    uses = bank_uses(ops, packed.records)
+    opened = (
+        weights.open_banks(uses)
+        if isinstance(weights, FlashWeights)
+        else resident_banks(packed, uses)
+    )
+    return opened, {name: i for i, name in enumerate(packed.banks)}
 
 
 def _columns(packed: PackedMatrix) -> list[int]:

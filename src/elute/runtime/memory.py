@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from elute.errors import NOTE, BudgetError, ShapeError
-from elute.flash.plan import Plan, Use, solve
+from elute.flash.plan import BankSize, Plan, Use, solve, solve_banks
 from elute.kernels import kv_cache
 from elute.model.ops import Attention, Experts, OpList
 
@@ -113,6 +113,11 @@ def fit(
         "cache": cache_bytes(ops, chosen, kind),
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
+    banks = getattr(packed, "banks", {})
+    if banks:
+        sizes = [BankSize(name, bank.n_blocks, bank.block_bytes) for name, bank in banks.items()]
+        fixed["weights in panels"] = sum(use.total for use in order)
+        return Fit(solve_banks(budget, fixed, sizes), chosen)
     plan = solve(budget, fixed, order)
     if plan.places and any(isinstance(op, Experts) for op in ops.ops):
         log.log(NOTE, "memory: experts that do not stay are read for every token, picked or not")

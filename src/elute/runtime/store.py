@@ -93,6 +93,46 @@ def packed_folder(
     return pack_checkpoint(source.path, target, chosen, progress=progress).path
 
 
+def reorder(
+    model: str,
+    out: Path,
+    *,
+    layer_group: int = 1,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    cache_dir: Path | None = None,
+    force: bool = False,
+    progress: Progress | None = None,
+) -> PackedModel:
+    """Packs a model into channel order: of the packed folder that it is, or is packed to first.
+
+    layer_group  layers whose channels lie side by side
+
+    Raises UnsupportedError for a model that is in channel order already or has experts, and as
+    open_packed and PackedWriter do.
+    """
+    from elute.flash.banks import banks_of
+    from elute.model.families import op_list
+    from elute.model.ops import Experts
+    from elute.pack import reorder as pack_reorder
+
+    packed = open_packed(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
+    ops = op_list(packed.config)
+    if packed.banks:
+        raise UnsupportedError(f"{packed.path}: is in channel order already; use it as it is")
+    if any(isinstance(op, Experts) for op in ops.ops):
+        raise UnsupportedError(
+            f"{packed.path}: found experts, wanted a model without; only the experts that a token "
+            "picks are read anyway, so use it as it is"
+        )
+
+    def told(done: int, total: int, _tensor: str) -> None:
+        if progress is not None:
+            progress("reorder", done, total)
+
+    return pack_reorder.reorder(packed, out, banks_of(ops, layer_group), force=force, progress=told)
+
+
 def fetch(model: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Source:
     """The model's files, downloaded when they are not here. Raises as formats.sources.resolve."""
     from elute.formats import sources

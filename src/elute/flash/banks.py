@@ -1,0 +1,175 @@
+"""Banks of a model in channel order: what lies in them, who uses them, how they reach memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+import numpy as np
+import numpy.typing as npt
+
+from elute import _native
+from elute.errors import DeviceError
+from elute.flash.plan import Plan
+from elute.flash.sparsity import kind
+from elute.formats.packed import PackedModel
+from elute.formats.packed_layout import MatrixRecord, Records
+from elute.formats.page_sums import PageSums
+from elute.model.ops import Linear, OpList, RmsNorm
+from elute.types import U8
+
+DEPTH = 32  # small requests: measured disks need more of them in flight than large ones
+REQUEST_BYTES = 1 << 20
+# Reading this much more costs what a request costs by itself (some 9 us at 1.3 GB/s).
+GAP_BYTES = 12 << 10
+
+
+class Predictor(StrEnum):
+    """Where it is known from what to read ahead. None changes an answer.
+
+    MODEL    inputs that follow a norm: the channels of the same input a layer before, since
+             the residual stream changes little; others: those of the token before
+    NONE     nothing is read ahead
+    RANDOM, INVERSE  half of the blocks, and those that MODEL would not read; for tests
+    """
+
+    MODEL = "model"
+    NONE = "none"
+    RANDOM = "random"
+    INVERSE = "inverse"
+
+
+@dataclass(frozen=True)
+class BankUse:
+    """An input of linears whose weights lie in a bank; like: the use that predicts it."""
+
+    bank: str
+    like: int
+
+
+def banks_of(ops: OpList, layer_group: int = 1) -> list[tuple[str, ...]]:
+    """What pack.reorder takes: weights that read one input, of layer_group layers side by side."""
+    kinds: dict[str, list[tuple[str, ...]]] = {}
+    for op in ops.ops:
+        if isinstance(op, Linear):
+            kinds.setdefault(kind(op.weights[0]), []).append(op.weights)
+    found: dict[str, tuple[str, ...]] = {}
+    for members in kinds.values():
+        for first in range(0, len(members), layer_group):
+            group = members[first : first + layer_group]
+            found[group[0][0]] = tuple(name for names in group for name in names)
+    return list(found.values())
+
+
+def bank_uses(ops: OpList, records: Records) -> list[BankUse]:
+    """In the order of the linears. Raises DeviceError for a linear only some of whose weights are
+    in its bank.
+    """
+    after_norm: set[str] = set()
+    found: list[BankUse] = []
+    last: dict[str, int] = {}  # of each kind
+    for op in ops.ops:
+        if isinstance(op, RmsNorm):
+            after_norm.add(op.output)
+        elif isinstance(op, Linear):
+            banks = {_bank(records, name) for name in op.weights}
+            if banks != {None}:
+                if len(banks) != 1:
+                    raise DeviceError(
+                        f"{op.weights[0]}: found weights of one input in {len(banks)} banks, "
+                        "wanted one; convert the model again"
+                    )
+                (bank,) = banks
+                assert bank is not None
+                this = len(found)
+                of_kind = kind(op.weights[0])
+                like = last.get(of_kind, this) if op.input in after_norm else this
+                found.append(BankUse(bank, like))
+                last[of_kind] = this
+            after_norm -= set(op.outputs)
+    return found
+
+
+def _bank(records: Records, name: str) -> str | None:
+    record = records[name]
+    return record.bank if isinstance(record, MatrixRecord) else None
+
+
+def resident_banks(packed: PackedModel, uses: Sequence[BankUse]) -> _native.BankCache:
+    """Of a mapped folder: nothing is read before it is used, and all of it may stay."""
+    arrays = [packed.bank(name).reshape(-1) for name in packed.banks]
+    return _native.resident_banks(arrays, _described(packed, {}), _indexed(packed, uses))
+
+
+def loaded_banks(
+    packed: PackedModel, uses: Sequence[BankUse], arrays: Sequence[U8]
+) -> _native.BankCache:
+    """Of banks that were read into memory, in the order of packed.banks."""
+    return _native.resident_banks(list(arrays), _described(packed, {}), _indexed(packed, uses))
+
+
+def cached_banks(
+    packed: PackedModel,
+    uses: Sequence[BankUse],
+    plan: Plan,
+    *,
+    slots: U8,
+    staging: U8,
+    reader: str,
+    depth: int,
+    request_bytes: int,
+    gap_bytes: int,
+    direct: bool,
+    predictor: Predictor,
+    sums: PageSums | None,
+) -> _native.BankCache:
+    """slots, staging: memory of the plan's sizes. Raises DeviceError for files that are gone."""
+    files = list(packed.shards)
+    try:
+        return _native.open_banks(
+            [str(packed.path / file) for file in files],
+            _described(packed, plan.slots),
+            _indexed(packed, uses),
+            slots,
+            staging,
+            reader,
+            depth,
+            request_bytes,
+            gap_bytes,
+            direct,
+            str(predictor),
+            None if sums is None else sums.values,
+            [] if sums is None else [sums.first[file] for file in files],
+        )
+    except RuntimeError as error:  # std::system_error: a file that is gone, a reader refused
+        raise DeviceError(f"flash: {error}; check the model's files, or the reader") from None
+
+
+def active_rows(cache: _native.BankCache, use: int, n_rows: int) -> npt.NDArray[np.bool_]:
+    """Which rows a use wanted last: bool [n_rows]."""
+    bits = np.unpackbits(cache.last(use).view(np.uint8), bitorder="little")
+    return bits[:n_rows].astype(bool)
+
+
+def _described(
+    packed: PackedModel, slots: Mapping[str, int]
+) -> list[tuple[int, int, int, int, int, int, int]]:
+    files = list(packed.shards)
+    return [
+        (
+            files.index(bank.file),
+            packed.shards[bank.file].offset(name + bank.part().suffix),
+            bank.block_bytes,
+            bank.row_bytes,
+            bank.n_rows,
+            bank.rows_per_block,
+            slots.get(name, 0),
+        )
+        for name, bank in packed.banks.items()
+    ]
+
+
+def _indexed(packed: PackedModel, uses: Sequence[BankUse]) -> list[tuple[int, int]]:
+    index = {name: i for i, name in enumerate(packed.banks)}
+    return [(index[use.bank], use.like) for use in uses]
