@@ -367,7 +367,14 @@ def load(
 
     check_sparsity(sparsity)
     folder = None if cache_dir is None else Path(cache_dir)
-    packed = open_packed(str(model), bits=bits, recipe=recipe, cache_dir=folder, progress=progress)
+    packed = open_packed(
+        str(model),
+        bits=bits,
+        recipe=recipe,
+        cache_dir=folder,
+        by_channel=memory is not None and sparsity > 0,
+        progress=progress,
+    )
     files = packed.tokenizer_files()
     tokenizer = FileTokenizer.from_files(files)
     has_template = files.chat_template or files.tokenizer_config.get("chat_template")
@@ -391,7 +398,7 @@ def load(
     sums = packed.page_sums() if checked else None
     if memory is not None:
         weights, context, kernels = _fitted(
-            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, sums
+            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, sums, sparsity
         )
     elif sums is not None:
         sums.check(packed.path, progress=_stage(progress, "check"))
@@ -506,6 +513,7 @@ def _fitted(
     kernel: str,
     folder: Path | None,
     sums: PageSums | None,
+    sparsity: float,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
     """Weights, context and kernels within a budget of memory."""
     import psutil
@@ -531,6 +539,19 @@ def _fitted(
         n_threads=default_threads() if threads is None else threads,
     )
     plan = found.plan
+    if plan.places and sparsity:
+        log.log(
+            NOTE,
+            "%s: is in panel order, so weights that do not count are read all the same; elute "
+            "convert --order channels makes a folder that is read by channel",
+            packed.path,
+        )
+    if plan.staging:
+        log.info(
+            "memory: %.0f MB hold %.0f %% of the channels; others are read when they count",
+            budget / 1e6,
+            100 * plan.slot_bytes / (plan.slot_bytes + plan.missed),
+        )
     if plan.places:
         log.info(
             "memory: %.0f MB hold %.0f %% of the layers; %.0f MB a token come from flash through "

@@ -14,7 +14,7 @@ from elute.kernels import kv_cache
 from elute.model.families import op_list
 from elute.model.ops import OpList
 from elute.model.reference import ReferenceExecutor
-from elute.pack.quads import unpack
+from elute.pack.reorder import dequantized
 from elute.types import F32, I32, Checkpoint, QuantizedMatrix
 
 
@@ -34,7 +34,7 @@ class _Weights(Mapping[str, npt.NDArray[Any]]):
         if isinstance(self._model, PackedModel):
             if name in self._vectors:
                 return self._model.vector(name)
-            return unpack(self._model.matrix(name)).dequantize()
+            return dequantized(self._model, name)
         stored = self._model.read(name)
         return stored.dequantize() if isinstance(stored, QuantizedMatrix) else stored
 

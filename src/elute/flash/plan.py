@@ -78,11 +78,7 @@ def solve(budget: int, fixed: Mapping[str, int], uses: Sequence[Use]) -> Plan:
         return Plan(budget, fixed, tuple(names), planes, {}, 0, 0)
     least = least_window(uses)
     if rest < least:
-        parts = ", ".join(f"{purpose} {size / 1e6:.0f}" for purpose, size in fixed.items())
-        raise BudgetError(
-            f"memory: found {budget / 1e6:.0f} MB, wanted at least {(needed + least) / 1e6:.0f} "
-            f"(MB: {parts}, window {least / 1e6:.0f}); give more, or a smaller context"
-        )
+        raise _too_little(budget, {**fixed, "window": least})
     window = max(least, min(USES_IN_WINDOW * max(use.total for use in uses), rest // 2))
     pinned, pinned_bytes = _spread(uses, rest - window)
     streamed = [
@@ -99,6 +95,14 @@ def solve(budget: int, fixed: Mapping[str, int], uses: Sequence[Use]) -> Plan:
         _places(streamed, window),
         window,
         sum(size for _, size in streamed),
+    )
+
+
+def _too_little(budget: int, needed: Mapping[str, int]) -> BudgetError:
+    parts = ", ".join(f"{purpose} {size / 1e6:.0f}" for purpose, size in needed.items())
+    return BudgetError(
+        f"memory: found {budget / 1e6:.0f} MB, wanted at least {sum(needed.values()) / 1e6:.0f} "
+        f"(MB: {parts}); give more, or a smaller context"
     )
 
 
@@ -127,11 +131,7 @@ def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]
         return Plan(budget, fixed, (), 0, {}, 0, 0, slots, total, 0)
     staging = 2 * max(bank.total for bank in banks)
     if rest < staging:
-        parts = ", ".join(f"{purpose} {size / 1e6:.0f}" for purpose, size in fixed.items())
-        raise BudgetError(
-            f"memory: found {budget / 1e6:.0f} MB, wanted at least {(needed + staging) / 1e6:.0f} "
-            f"(MB: {parts}, staging {staging / 1e6:.0f}); give more, or a smaller context"
-        )
+        raise _too_little(budget, {**fixed, "blocks": min(staging, total)})
     room = rest - staging
     slots = {
         bank.name: min(bank.n_blocks, bank.total * room // total // bank.block_bytes)

@@ -13,7 +13,7 @@ from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.formats.packed_writer import PackedWriter
 from elute.pack import channels, quads
-from elute.types import U8, InBank
+from elute.types import F32, U8, InBank, QuantizedMatrix
 
 
 def reorder(
@@ -92,6 +92,24 @@ def _write_bank(packed: PackedModel, writer: PackedWriter, names: Sequence[str])
                 offset=offset,
             ),
         )
+
+
+def dequantized(packed: PackedModel, name: str) -> F32:
+    """w f32 [N, K] of a matrix in either order."""
+    matrix = packed.in_bank(name)
+    if matrix is None:
+        return quads.unpack(packed.matrix(name)).dequantize()
+    n = matrix.shape[0]
+    return QuantizedMatrix(
+        codes=bank_codes(packed, name),
+        scales=quads.unpack_groups(matrix.scales, n),
+        offsets=None if matrix.offsets is None else quads.unpack_groups(matrix.offsets, n),
+        affine=matrix.affine,
+        zero=matrix.zero,
+        bits=matrix.bits,
+        group_size=matrix.group_size,
+        columns=None,
+    ).dequantize()
 
 
 def bank_codes(packed: PackedModel, name: str) -> U8:

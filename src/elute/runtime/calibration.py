@@ -25,7 +25,8 @@ from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import BINS, Scores, Threshold, kind, with_sensitivities
 from elute.formats.packed_layout import MANIFEST
 from elute.model.ops import Linear, OpList
-from elute.types import F32, I32, I64, PackedMatrix
+from elute.pack.reorder import dequantized
+from elute.types import F32, I32, I64
 
 if TYPE_CHECKING:
     from elute.formats.packed import PackedModel
@@ -119,12 +120,17 @@ def importances(
             found[op.weights[0]] = np.ones(ops.registers[op.input], np.float32)
             continue
         _tell(progress, "calibrate: weights", i, len(linears))
-        squares = sum(_column_squares(packed.matrix(name)) for name in op.weights)
+        squares = sum(_column_squares(packed, name) for name in op.weights)
         found[op.weights[0]] = np.sqrt(squares).astype(np.float32)
     return found
 
 
-def _column_squares(matrix: PackedMatrix) -> np.ndarray[tuple[int], np.dtype[np.float64]]:
+def _column_squares(packed: PackedModel, name: str) -> npt.NDArray[np.float64]:
+    if packed.in_bank(name) is not None:
+        weights = dequantized(packed, name).astype(np.float64)
+        found: npt.NDArray[np.float64] = np.square(weights).sum(axis=0)
+        return found
+    matrix = packed.matrix(name)
     stored = _native.column_squares(
         _native.best_isa(),
         matrix.planes,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from elute.errors import EluteError, UnsupportedError
+from elute.errors import NOTE, EluteError, UnsupportedError
 from elute.formats import packed_layout as layout
 
 if TYPE_CHECKING:
@@ -58,14 +58,27 @@ def open_packed(
     bits: int | None = None,
     recipe: Recipe | str | Path | None = None,
     cache_dir: Path | None = None,
+    by_channel: bool = False,
     progress: Progress | None = None,
 ) -> PackedModel:
-    """The packed model of packed_folder, which takes the same."""
+    """The packed model of packed_folder, which takes the same.
+
+    by_channel  in channel order, made from it where it is in the cache; a packed folder of the
+                caller's is opened as it is
+    """
+    from elute.formats import sources
     from elute.formats.packed import PackedModel
 
-    return PackedModel.open(
-        packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
-    )
+    path = packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
+    packed = PackedModel.open(path)
+    ours = path.parent == (cache_dir or sources.cache_dir()) / "packed"
+    if not by_channel or not ours or has_experts(packed.config):
+        return packed
+    target = path.with_name(f"{path.name}-channels")
+    if is_packed(target):
+        return PackedModel.open(target)
+    log.log(NOTE, "%s: its weights are written anew by channel, once, into %s", model, target)
+    return reorder(str(path), target, cache_dir=cache_dir, progress=progress)
 
 
 def packed_folder(
@@ -113,14 +126,13 @@ def reorder(
     """
     from elute.flash.banks import banks_of
     from elute.model.families import op_list
-    from elute.model.ops import Experts
     from elute.pack import reorder as pack_reorder
 
     packed = open_packed(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
     ops = op_list(packed.config)
     if packed.banks:
         raise UnsupportedError(f"{packed.path}: is in channel order already; use it as it is")
-    if any(isinstance(op, Experts) for op in ops.ops):
+    if has_experts(packed.config):
         raise UnsupportedError(
             f"{packed.path}: found experts, wanted a model without; only the experts that a token "
             "picks are read anyway, so use it as it is"
@@ -131,6 +143,13 @@ def reorder(
             progress("reorder", done, total)
 
     return pack_reorder.reorder(packed, out, banks_of(ops, layer_group), force=force, progress=told)
+
+
+def has_experts(config: Mapping[str, Any]) -> bool:
+    from elute.model.families import op_list
+    from elute.model.ops import Experts
+
+    return any(isinstance(op, Experts) for op in op_list(config).ops)
 
 
 def fetch(model: str, *, cache_dir: Path | None = None, progress: Progress | None = None) -> Source:
