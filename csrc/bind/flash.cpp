@@ -7,6 +7,7 @@
 #include "bind/bind.h"
 #include "crc32c.h"
 #include "page_check.h"
+#include "read_timing.h"
 #include "weight_stream.h"
 
 namespace elute {
@@ -109,10 +110,42 @@ void bind_sums(nb::module_& m) {
       "that of wanted u32 [n]; direct: past the page cache, else through it");
 }
 
+void bind_timing(nb::module_& m) {
+  m.def(
+      "time_reads",
+      [](const std::string& path, const std::vector<int64_t>& offsets, int64_t n_bytes, int depth,
+         const nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>& memory, double budget_s,
+         const std::string& reader, bool direct) {
+        check_requests(depth, n_bytes);
+        want(!offsets.empty(), "no offsets");
+        for (int64_t offset : offsets) want(aligned(offset), "an offset is not aligned to 4096");
+        want(reinterpret_cast<uintptr_t>(memory.data()) % kFlashAlignment == 0 &&
+                 static_cast<int64_t>(memory.size()) >= depth * n_bytes,
+             "memory: wanted depth * n_bytes, aligned to 4096");
+        ReadTimes times;
+        std::string name;
+        {
+          nb::gil_scoped_release release;
+          const FlashFile file(path, direct);
+          const auto opened = open_flash_reader(reader, depth);
+          name = opened->name();
+          times = time_reads(file, *opened, offsets, n_bytes, memory.data(), budget_s);
+        }
+        if (times.error)
+          throw std::system_error(times.error == kFlashShort ? EIO : times.error, std::generic_category(),
+                                  path + ": byte " + std::to_string(times.offset));
+        return std::make_tuple(times.n_reads, times.seconds, name);
+      },
+      nb::arg("path"), nb::arg("offsets"), nb::arg("n_bytes"), nb::arg("depth"), nb::arg("memory"), nb::arg("budget_s"),
+      nb::arg("reader") = "auto", nb::arg("direct") = true,
+      "(reads of n_bytes, seconds that they took together, the reader's name): at the offsets in turn, depth in flight");
+}
+
 }  // namespace
 
 void bind_flash(nb::module_& m) {
   bind_sums(m);
+  bind_timing(m);
   nb::class_<WeightStream>(m, "WeightStream", "Reads pieces of files into a window, in a cycle, ahead of their use.")
       .def_prop_ro("reader", [](const WeightStream& s) { return std::string(s.reader()); })
       .def_prop_ro("direct", &WeightStream::direct)

@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.traffic import traffic
-from elute.errors import DeviceError
+from elute.flash import disk
 from elute.flash.plan import Plan
-from elute.flash.weights import DEPTH, REQUEST_BYTES, pages
 from elute.kernels import kv_cache
 from elute.model.families import op_list
 from elute.runtime import executor
@@ -20,9 +18,6 @@ from elute.runtime.threads import default_threads
 
 if TYPE_CHECKING:
     from elute.formats.packed import PackedModel
-
-PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
-PROBES = 3
 
 
 @dataclass(frozen=True)
@@ -79,7 +74,7 @@ def forecast(
 ) -> Forecast:
     """The plan that `load` would make, and the rates of this machine that bound it.
 
-    flash_gb_s  measured on the model's own files when None
+    flash_gb_s  that of the disk under the model, by flash.disk, when None
 
     Raises BudgetError for too little memory, DeviceError for files that cannot be read.
     """
@@ -114,20 +109,5 @@ def forecast(
 
 
 def flash_rate(packed: PackedModel) -> float:
-    """GB/s of sequential reads past the page cache, as weights are read: the median of a few."""
-    path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
-    size = packed.files[path.name].size // 4096 * 4096
-    probe = min(PROBE_BYTES, size)
-    memory = pages(probe)
-    rates = []
-    for i in range(PROBES):
-        offset = (size - probe) * i // max(1, PROBES - 1) // 4096 * 4096
-        started = time.perf_counter()
-        stream = _native.open_stream(
-            [str(path)], [(0, offset, probe, 0)], memory, "auto", DEPTH, REQUEST_BYTES, True
-        )
-        stream.load()
-        rates.append(probe / (time.perf_counter() - started) / 1e9)
-        if stream.failure:
-            raise DeviceError(stream.failure)
-    return sorted(rates)[PROBES // 2]
+    """GB/s of sequential reads past the page cache, as weights are read."""
+    return disk.measured(packed.largest_shard).sequential_bytes_s / 1e9

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -36,10 +37,12 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from elute.bench.machine import cpu_name, memory_limit_bytes
+    from elute.flash import disk
     from elute.formats.sources import cache_dir
     from elute.runtime.threads import thread_choice
 
     cache, choice = cache_dir(), thread_choice()
+    known = disk.known(_existing(cache))
     kernels = _kernels()
     return {
         "elute": _version("elute"),
@@ -54,6 +57,7 @@ def examine() -> dict[str, Any]:
         "cache": str(cache),
         "cache_bytes": _size(cache),
         "disk_free_bytes": shutil.disk_usage(_existing(cache)).free,
+        "disk": None if known is None else asdict(known),
         "libraries": {name: _version(name) for name in LIBRARIES},
         **kernels,
         "ok": kernels["native_error"] is None and all(kernels["kernel_test"].values()),
@@ -91,6 +95,17 @@ def _kernels() -> dict[str, Any]:
         "kernel_test": tested,
         "native_error": error_text,
     }
+
+
+def _disk_line(disk: dict[str, Any] | None) -> str:
+    """Of the cache's disk."""
+    if disk is None:
+        return "not measured yet; the first run or plan with --memory does"
+    return (
+        f"{disk['sequential_bytes_s'] / 1e9:.2f} GB/s in {disk['depth']} reads of "
+        f"{disk['request_bytes'] >> 10} KiB at once by {disk['reader']}; a random read takes "
+        f"{disk['request_s'] * 1e6:.0f} µs and {1e6 / disk['bytes_s'] * 1e3:.0f} µs a MB"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -133,6 +148,7 @@ def _page(found: dict[str, Any]) -> str:
             f"{found['cache']}: {found['cache_bytes'] / MIB:.0f} MiB, "
             f"{found['disk_free_bytes'] / MIB:.0f} MiB free",
         ),
+        ("disk", _disk_line(found["disk"])),
         ("kernels", f"{tests or 'none'}; chosen: {found['isa']}"),
         *(("", line) for line in (kernel_lines(found) if found["kernels"] else [])),
         ("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["libraries"].items())),
