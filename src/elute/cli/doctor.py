@@ -37,12 +37,10 @@ def examine() -> dict[str, Any]:
     import psutil
 
     from elute.bench.machine import cpu_name, memory_limit_bytes
-    from elute.flash import disk
     from elute.formats.sources import cache_dir
     from elute.runtime.threads import thread_choice
 
     cache, choice = cache_dir(), thread_choice()
-    known = disk.known(_existing(cache))
     kernels = _kernels()
     return {
         "elute": _version("elute"),
@@ -57,11 +55,21 @@ def examine() -> dict[str, Any]:
         "cache": str(cache),
         "cache_bytes": _size(cache),
         "disk_free_bytes": shutil.disk_usage(_existing(cache)).free,
-        "disk": None if known is None else asdict(known),
+        "disk": _disk(_existing(cache)),
         "libraries": {name: _version(name) for name in LIBRARIES},
         **kernels,
         "ok": kernels["native_error"] is None and all(kernels["kernel_test"].values()),
     }
+
+
+def _disk(path: Path) -> dict[str, Any] | None:
+    """What was measured of the disk that holds `path`."""
+    try:
+        from elute.flash import disk
+    except ImportError:  # of the native module, which _kernels tells of
+        return None
+    known = disk.known(path)
+    return None if known is None else asdict(known)
 
 
 def _kernels() -> dict[str, Any]:
@@ -104,7 +112,7 @@ def _disk_line(disk: dict[str, Any] | None) -> str:
     return (
         f"{disk['sequential_bytes_s'] / 1e9:.2f} GB/s in {disk['depth']} reads of "
         f"{disk['request_bytes'] >> 10} KiB at once by {disk['reader']}; a random read takes "
-        f"{disk['request_s'] * 1e6:.0f} µs and {1e6 / disk['bytes_s'] * 1e3:.0f} µs a MB"
+        f"{disk['request_s'] * 1e6:.0f} µs and {1e12 / disk['bytes_s']:.0f} µs a MB"
     )
 
 
