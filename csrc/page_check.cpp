@@ -1,5 +1,7 @@
 #include "page_check.h"
 
+#include <sys/mman.h>
+
 #include <algorithm>
 #include <cstdlib>
 #include <memory>
@@ -14,6 +16,8 @@ struct Free {
   void operator()(uint8_t* p) const { std::free(p); }
 };
 
+constexpr int64_t kHugePage = 2 << 20;
+
 struct Span {
   int64_t first, n_pages;
 };
@@ -24,9 +28,10 @@ std::vector<BadPage> bad_pages(const FlashFile& file, FlashReader& reader, int64
                                const uint32_t* wanted, int64_t request_bytes, bool forget) {
   static_assert(kSummedPage == kFlashAlignment);
   const int depth = reader.depth();
-  const std::unique_ptr<uint8_t[], Free> memory(
-      static_cast<uint8_t*>(std::aligned_alloc(kFlashAlignment, depth * request_bytes)));
+  const int64_t n_memory = (depth * request_bytes + kHugePage - 1) / kHugePage * kHugePage;
+  const std::unique_ptr<uint8_t[], Free> memory(static_cast<uint8_t*>(std::aligned_alloc(kHugePage, n_memory)));
   if (!memory) throw std::bad_alloc();
+  madvise(memory.get(), n_memory, MADV_HUGEPAGE);  // a direct read pins each page of its memory
   std::vector<Span> wishes, spans(depth);  // wishes: last first
   const int64_t most = request_bytes / kSummedPage;
   for (int64_t at = (n_pages - 1) / most * most; at >= 0; at -= most)

@@ -24,13 +24,15 @@ def default_gguf() -> Path:
 
 @pytest.fixture(scope="session", autouse=True)
 def kernels_file(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """Where a run of tests keeps what the race of the kernels measured, instead of in the user's
-    cache."""
+    """Where a run of tests keeps what the race of the kernels measured (and beside it what the disk
+    gave), instead of in the user's cache."""
+    from elute.flash import disk
     from elute.kernels import registry
 
     folder = tmp_path_factory.mktemp("kernels")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(registry, "cache_dir", lambda: folder)
+        patch.setattr(disk, "cache_dir", lambda: folder)
         yield folder / "kernels.json"
 
 

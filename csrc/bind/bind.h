@@ -49,6 +49,7 @@ void bind_kernels(nb::module_& m);
 void bind_float_kernels(nb::module_& m);
 void bind_executor(nb::module_& m);
 void bind_flash(nb::module_& m);
+void bind_banks(nb::module_& m);
 void bind_sampler(nb::module_& m);
 void bind_bench(nb::module_& m);
 

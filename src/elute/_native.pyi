@@ -149,6 +149,18 @@ def open_stream(
     sums: _U32 | None = None,
     first_page: list[int] = ...,
 ) -> WeightStream: ...
+def time_reads(
+    path: str,
+    offsets: list[int],
+    n_bytes: int,
+    depth: int,
+    memory: _U8,
+    budget_s: float,
+    reader: str = "auto",
+    direct: bool = True,
+) -> tuple[int, float, str]:
+    """-> (reads, seconds, the reader's name)"""
+
 def crc32c_levels() -> list[str]: ...
 def crc32c(data: _U8, level: str | None = None) -> int: ...
 def crc32c_pages(data: _U8, level: str | None = None) -> _U32: ...

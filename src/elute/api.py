@@ -518,6 +518,7 @@ def _fitted(
     """Weights, context and kernels within a budget of memory."""
     import psutil
 
+    from elute.flash.disk import measured
     from elute.formats.packed_layout import MatrixRecord
     from elute.kernels import registry
     from elute.runtime import executor
@@ -561,4 +562,15 @@ def _fitted(
             plan.missed / 1e6,
             plan.window / 1e6,
         )
-    return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels
+    if not plan.places:  # read once: not worth a measurement
+        return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels
+    disk = measured(packed.largest_shard, folder=folder)
+    weights = FlashWeights(
+        packed,
+        ops,
+        plan,
+        depth=disk.depth_of(plan.missed // len(plan.places)),
+        request_bytes=disk.request_bytes,
+        sums=sums,
+    )
+    return weights, found.context, kernels

@@ -3,6 +3,8 @@
 import json
 import re
 import shutil
+import subprocess
+import sys
 
 import pytest
 from tiny_folder import save_tiny_folder
@@ -292,6 +294,30 @@ def test_doctor_is_content_with_this_machine(run):
     assert all(told["kernel_test"].values())
     assert told["memory_bytes"] > 0
     assert "verdict   ready" in run("doctor")[1]
+
+
+def test_doctor_shows_the_disk_once_it_was_measured(run, home, monkeypatch):
+    from elute.flash import disk
+
+    monkeypatch.setattr(disk, "cache_dir", lambda: home)
+    assert json.loads(run("doctor", "--json")[1])["disk"] is None
+    assert "disk      not measured yet" in run("doctor")[1]
+    found = disk.Disk(2e9, 5e-5, 4e9, 8, 1 << 20, "io_uring")
+    disk._write(home / "disks.json", {disk.Device.of(home): found})
+    assert json.loads(run("doctor", "--json")[1])["disk"]["request_bytes"] == 1 << 20
+    assert (
+        "disk      2.00 GB/s in 8 reads of 1024 KiB at once by io_uring; a random read takes 50 µs "
+        "and 250 µs a MB" in run("doctor")[1]
+    )
+
+
+def test_doctor_names_a_native_module_that_does_not_load():
+    program = "import sys; sys.modules['elute._native'] = None; from elute.cli import main; "
+    done = subprocess.run(
+        [sys.executable, "-c", program + "main(['doctor'])"], capture_output=True, text=True
+    )
+    assert done.returncode == 1
+    assert "verdict   not ready: import of elute._native halted" in done.stdout
 
 
 def test_doctor_fails_on_a_wrong_kernel(run, monkeypatch):

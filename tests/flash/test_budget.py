@@ -26,7 +26,8 @@ CHILD = """
 import json, sys
 import elute
 memory = sys.argv[2] or None
-with elute.load(sys.argv[1], cache_dir=sys.argv[3], memory=memory, context=512, threads=2) as model:
+options = {"cache_dir": sys.argv[3], "memory": memory, "context": 512, "threads": 2}
+with elute.load(sys.argv[1], checked=bool(memory), **options) as model:
     told = model.generate([*range(300)], max_tokens=12, temperature=0, ignore_end=True)
     status = open("/proc/self/status").read().splitlines()
     (peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]

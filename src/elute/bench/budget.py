@@ -19,6 +19,7 @@ from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
 from elute.errors import DeviceError
+from elute.flash import disk
 from elute.flash.plan import Plan, Use
 from elute.flash.walk import walk
 from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
@@ -34,8 +35,7 @@ from elute.runtime.threads import default_threads
 if TYPE_CHECKING:
     from elute.pack.foresee import Foreseen
 
-PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
-PROBES = 3
+PROBE_BYTES = 64 << 20  # of a file that is written to learn a disk's rate
 # What reading a tokenizer adds to a process: 5.6 MB for 512 tokens, 16 for 49k, 42 for 128k.
 TOKENIZER_BYTES, TOKENIZER_BYTES_A_TOKEN = 6_000_000, 300
 
@@ -99,7 +99,7 @@ def predict_run(
         kernels=kernels,
     )
     _native.return_freed_memory()
-    rate = flash_rate(packed, most=room) if plan.missed else 1.0
+    rate = flash_rate(packed) if plan.missed else 1.0
     return predict(plan, uses(op_list(packed.config), packed), pace, rate)
 
 
@@ -233,13 +233,9 @@ def touched_bytes(ops: OpList, packed: Recorded) -> int:
     )
 
 
-def flash_rate(packed: PackedModel, *, most: int = PROBE_BYTES) -> float:
-    """GB/s of sequential reads past the page cache, as weights are read: the median of a few.
-
-    most  bytes that reading may hold
-    """
-    path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
-    return file_rate(path, packed.files[path.name].size, most=most)
+def flash_rate(packed: PackedModel) -> float:
+    """GB/s of sequential reads past the page cache, as weights are read."""
+    return disk.measured(packed.largest_shard).sequential_bytes_s / 1e9
 
 
 def folder_rate(cache_dir: Path | None) -> float:
@@ -249,33 +245,18 @@ def folder_rate(cache_dir: Path | None) -> float:
     folder = cache_dir or sources.cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        found = disk.known(folder)
+        if found is not None:
+            return found.sequential_bytes_s / 1e9
         with tempfile.NamedTemporaryFile(prefix=".rate-", dir=folder) as file:
             block = os.urandom(1 << 20)
             for _ in range(PROBE_BYTES >> 20):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return file_rate(Path(file.name), PROBE_BYTES)
+            return disk.measured(Path(file.name)).sequential_bytes_s / 1e9
     except OSError as error:
         raise DeviceError(
             f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); give "
             "it with --flash, or set ELUTE_HOME"
         ) from None
-
-
-def file_rate(path: Path, size: int, *, most: int = PROBE_BYTES) -> float:
-    size = size // 4096 * 4096
-    probe = min(PROBE_BYTES, size, most // 4096 * 4096)
-    memory = pages(probe)
-    rates = []
-    for i in range(PROBES):
-        offset = (size - probe) * i // max(1, PROBES - 1) // 4096 * 4096
-        started = time.perf_counter()
-        stream = _native.open_stream(
-            [str(path)], [(0, offset, probe, 0)], memory, "auto", DEPTH, REQUEST_BYTES, True
-        )
-        stream.load()
-        rates.append(probe / (time.perf_counter() - started) / 1e9)
-        if stream.failure:
-            raise DeviceError(stream.failure)
-    return sorted(rates)[PROBES // 2]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import platform
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -54,10 +55,21 @@ def examine() -> dict[str, Any]:
         "cache": str(cache),
         "cache_bytes": _size(cache),
         "disk_free_bytes": shutil.disk_usage(_existing(cache)).free,
+        "disk": _disk(_existing(cache)),
         "libraries": {name: _version(name) for name in LIBRARIES},
         **kernels,
         "ok": kernels["native_error"] is None and all(kernels["kernel_test"].values()),
     }
+
+
+def _disk(path: Path) -> dict[str, Any] | None:
+    """What was measured of the disk that holds `path`."""
+    try:
+        from elute.flash import disk
+    except ImportError:  # of the native module, which _kernels tells of
+        return None
+    known = disk.known(path)
+    return None if known is None else asdict(known)
 
 
 def _kernels() -> dict[str, Any]:
@@ -91,6 +103,17 @@ def _kernels() -> dict[str, Any]:
         "kernel_test": tested,
         "native_error": error_text,
     }
+
+
+def _disk_line(disk: dict[str, Any] | None) -> str:
+    """Of the cache's disk."""
+    if disk is None:
+        return "not measured yet; the first run or plan with --memory does"
+    return (
+        f"{disk['sequential_bytes_s'] / 1e9:.2f} GB/s in {disk['depth']} reads of "
+        f"{disk['request_bytes'] >> 10} KiB at once by {disk['reader']}; a random read takes "
+        f"{disk['request_s'] * 1e6:.0f} µs and {1e12 / disk['bytes_s']:.0f} µs a MB"
+    )
 
 
 def _version(package: str) -> str | None:
@@ -133,6 +156,7 @@ def _page(found: dict[str, Any]) -> str:
             f"{found['cache']}: {found['cache_bytes'] / MIB:.0f} MiB, "
             f"{found['disk_free_bytes'] / MIB:.0f} MiB free",
         ),
+        ("disk", _disk_line(found["disk"])),
         ("kernels", f"{tests or 'none'}; chosen: {found['isa']}"),
         *(("", line) for line in (kernel_lines(found) if found["kernels"] else [])),
         ("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["libraries"].items())),

@@ -23,8 +23,9 @@ from elute.types import F32, PANEL, U8, Affine, InBank, PackedMatrix
 
 log = logging.getLogger(__name__)
 
+# Where no disk was measured (flash/disk.py).
 DEPTH = 8  # requests in flight
-REQUEST_BYTES = 1 << 20  # both: what measured disks need for their best sequential rate
+REQUEST_BYTES = 1 << 20
 
 
 class FlashWeights:

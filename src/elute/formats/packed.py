@@ -235,6 +235,11 @@ class PackedModel:
         values: F32 = self._part(name, part).reshape(record.shape)
         return values
 
+    @property
+    def largest_shard(self) -> Path:
+        """The largest weight file."""
+        return self.path / max(self.shards, key=lambda name: self.files[name].size)
+
     @cached_property
     def nbytes(self) -> int:
         """Bytes of all weights, padding apart."""

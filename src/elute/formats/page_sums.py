@@ -19,7 +19,7 @@ from elute.errors import DeviceError, FormatError
 from elute.types import U8, U32
 
 PAGE = 4096
-PORTION_PAGES = 1 << 14  # 64 MiB: what is checked between two looks at Ctrl-C and the progress
+PORTION_PAGES = 1 << 16  # 256 MiB: what is checked between two looks at Ctrl-C and the progress
 
 
 class PageSummer:

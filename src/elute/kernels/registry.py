@@ -8,13 +8,10 @@ is kept in kernels.json in the cache folder, for this CPU, instruction set and n
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from enum import StrEnum
@@ -22,6 +19,7 @@ from pathlib import Path
 
 from elute import _native
 from elute.errors import NOTE, DeviceError
+from elute.formats import kept
 from elute.formats.packed_layout import LAYOUT
 from elute.formats.sources import cache_dir
 
@@ -203,21 +201,7 @@ def _build() -> str:
 
 def _read(file: Path) -> dict[_Machine, Ratios]:
     """Empty without a file, or with a line that says so where it is not as _write makes it."""
-    try:
-        text = file.read_text()
-    except (FileNotFoundError, NotADirectoryError):
-        return {}
-    except OSError as error:
-        log.info("%s: cannot be read (%s)", file, error.strerror)
-        return {}
-    except UnicodeDecodeError as error:
-        log.log(NOTE, "%s: not text (%s); measuring again", file, error)
-        return {}
-    try:
-        return _parse(text)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        log.log(NOTE, "%s: not kernel races of this version (%r); measuring again", file, error)
-        return {}
+    return kept.read(file, _parse, what="kernel races") or {}
 
 
 def _parse(text: str) -> dict[_Machine, Ratios]:
@@ -235,19 +219,10 @@ def _parse(text: str) -> dict[_Machine, Ratios]:
 
 
 def _write(file: Path, races: Mapping[_Machine, Ratios]) -> None:
-    """Whole or not at all. Where it cannot be written a line says so: each start measures."""
     told = {
         "format": FORMAT,
         "version": VERSION,
         "rows": RACE_ROWS,
         "machines": [asdict(machine) | {"ratios": of} for machine, of in races.items()],
     }
-    partial = file.with_name(f"{file.name}.partial-{secrets.token_hex(4)}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(told))
-        os.replace(partial, file)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
-        log.info("%s: cannot be written (%s); each start measures again", file, error.strerror)
+    kept.write(file, told)
