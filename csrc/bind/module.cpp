@@ -31,7 +31,7 @@ NB_MODULE(_native, m) {
 #endif
   elute::bind_kernels(m);
   elute::bind_float_kernels(m);
-  elute::bind_flash(m);bind_banks(m);
+  elute::bind_flash(m);elute::bind_banks(m);
   elute::bind_executor(m);
   elute::bind_sampler(m);
   elute::bind_bench(m);

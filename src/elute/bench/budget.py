@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import os
 import tempfile
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +21,7 @@ from elute.errors import DeviceError
 from elute.flash import disk
 from elute.flash.plan import Plan, Use
 from elute.flash.walk import walk
-from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
+from elute.flash.weights import Recorded, uses
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
