@@ -102,8 +102,8 @@ class Executor {
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
-  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
-  // the order of use; -1: in memory. The stream must outlive the executor.
+  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of
+  // `stream`, counted in the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
 
   // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
@@ -149,6 +149,7 @@ class Executor {
     Range channels(int width) const;  // whole blocks of activations
   };
   struct Touch;
+  static constexpr int kLeastChannels = 256;  // of a row, that are worth a thread's while: some 0.2 us
 
   void run(const Call&, Walk&);
 
