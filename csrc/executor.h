@@ -110,8 +110,8 @@ class Executor {
   int add_mask();  // of the inputs of linear ops; until set_mask() nothing is masked
   void add_op(Op op);
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
-  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of `stream`, counted in
-  // the order of use; -1: in memory. The stream must outlive the executor.
+  // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of
+  // `stream`, counted in the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
 
   // Between forwards: from the next one on. Counting begins anew with each observe(true).
@@ -166,6 +166,7 @@ class Executor {
     ChannelMatrix matrix;
     int bank;
   };
+  static constexpr int kLeastChannels = 256;  // of a row, that are worth a thread's while: some 0.2 us
 
   void run(const Call&, Walk&);
 

@@ -9,7 +9,6 @@
 namespace elute {
 namespace {
 
-constexpr int kLeastChannels = 256;  // that are worth a thread's while: some 0.2 us
 // Reading and unpacking a panel takes as long as multiplying some 16 rows by it.
 constexpr int kPanelCost = 16;
 
@@ -47,10 +46,13 @@ void Executor::allocate_experts() {
 
 int64_t Executor::expert_activations() const {
   int64_t most = 0;
-  for (const Op& op : ops_)
-    if (const auto* experts = std::get_if<ExpertsOp>(&op))
-      for (int m : {experts->gates[0], experts->downs[0]})
-        most = std::max(most, int64_t{ExpertPlan::most_slots(chunk_, experts->top_k)} * n_blocks(matrices_[m].k) * kActBlock);
+  for (const Op& op : ops_) {
+    const auto* experts = std::get_if<ExpertsOp>(&op);
+    if (!experts) continue;
+    const int64_t n_slots = ExpertPlan::most_slots(chunk_, experts->top_k);
+    for (int m : {experts->gates[0], experts->downs[0]})
+      most = std::max(most, n_slots * n_blocks(matrices_[m].k) * kActBlock);
+  }
   return most;
 }
 
@@ -88,7 +90,10 @@ void Executor::run_all(const ExpertsOp& op, const Call& call, Walk& walk) {
   const auto down = [&](int slot) { return expert_downs_.as<float>() + int64_t{slot} * hidden; };
 
   const bool lone = call.n == 1;  // its experts share one row of activations
-  const auto looks_in = [&](const ExpertPlan::Picked& p) { return looks_up(p.gate, p.n_rows) || looks_up(p.up, p.n_rows); };
+  const auto looks_in = [&](const ExpertPlan::Picked& p) {
+    return looks_up(p.gate, p.n_rows) || looks_up(p.up, p.n_rows);
+  };
+  const auto looks_down = [&](const ExpertPlan::Picked& p) { return looks_up(p.down, p.n_rows); };
   if (lone) {
     const bool tables = std::any_of(plan.picked.begin(), plan.picked.end(), looks_in);
     const int n_parts = std::clamp(widths_[op.input] / kLeastChannels, 1, n_threads());
@@ -109,7 +114,7 @@ void Executor::run_all(const ExpertsOp& op, const Call& call, Walk& walk) {
                           op.activation);
     return gate(slot);
   };
-  quantize_slots(plan, call.n * op.top_k, width, [&](const auto& p) { return looks_up(p.down, p.n_rows); }, activate, walk);
+  quantize_slots(plan, call.n * op.top_k, width, looks_down, activate, walk);
   const auto down_of = [&](const ExpertPlan::Picked& p, int) {
     return ExpertProduct{p.down, p, p.first_slot, down(p.first_slot)};
   };
@@ -181,7 +186,8 @@ void Executor::multiply_picked(const ExpertsOp& op, const Call& call, const Expe
   const int64_t panels = int64_t{n_each} * matrices_[(n_each == 1 ? op.downs : op.gates)[0]].n_panels();
   const int64_t most_cost = panels * (n_picks + std::min<int64_t>(n_picks, op.gates.size()) * kPanelCost);
   const int64_t least_chunks = (most_cost + kResultRows - 1) / kResultRows;  // their results must fit
-  const int n_chunks = walk.alone() ? 1 : static_cast<int>(std::max<int64_t>(chunks(panels * op.top_k, n_threads()), least_chunks));
+  const int64_t wanted_chunks = chunks(static_cast<int>(panels * op.top_k), n_threads());
+  const int n_chunks = walk.alone() ? 1 : static_cast<int>(std::max(wanted_chunks, least_chunks));
   int64_t total = 0;
   for (const ExpertPlan::Picked& p : plan.picked)
     for (int i = 0; i < n_each; ++i) total += int64_t{product(p, i).w.n_panels()} * product(p, i).cost();

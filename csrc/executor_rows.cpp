@@ -5,12 +5,6 @@
 #include "executor.h"
 
 namespace elute {
-namespace {
-
-// Channels that are worth a thread's while: some 0.2 us.
-constexpr int kLeastChannels = 256;
-
-}  // namespace
 
 // How an op's row-wise part uses a register: in units of so many channels, or each value depends on the whole row.
 struct Executor::Touch {

@@ -10,7 +10,11 @@ from tiny import MIXTURES, save_tiny_checkpoint
 
 import elute
 from elute.evaluate.reference import reference_executor
+from elute.formats import open_checkpoint
 from elute.formats.packed import PackedModel
+from elute.model.families import op_list
+from elute.model.ops import Experts
+from elute.pack.convert import convert
 from elute.quantize.recipe import Recipe
 from elute.runtime.sampler import log_softmax_at
 from elute.runtime.store import pack_checkpoint
@@ -32,6 +36,33 @@ def test_routers_stay_floats_and_experts_become_codes(packed):
     assert len(routers) == 2
     assert {model.matrix(name).bits for name in experts} == {8}
     assert len(experts) == 2 * 3 * 8
+
+
+def test_experts_lie_one_behind_the_other_in_one_file(packed):
+    source = packed.parent / "model"
+    checkpoint = open_checkpoint(source)
+    ops = op_list(checkpoint.config)
+    model = convert(
+        checkpoint,
+        packed.parent / "small files",
+        Recipe.default(),
+        tensors=(*ops.matrices(), *ops.vectors()),
+        floats=ops.vectors(),
+        runs=ops.runs(),
+        max_shard_bytes=400_000,
+    )
+    assert len(model.shards) > 1
+    for op in (op for op in ops.ops if isinstance(op, Experts)):
+        assert len({model.records[name].file for name in op.matrices()}) == 1
+        shard = model.shards[model.records[op.gates[0]].file]
+        at = [shard.offset(f"{name}.planes") for name in op.matrices()]
+        assert at == sorted(at)
+        expert = sum(
+            part.stored_bytes
+            for name in (op.gates[0], op.ups[0], op.downs[0])
+            for part in model.records[name].parts()
+        )
+        assert np.diff(at[::3]).tolist() == [expert] * (len(op.gates) - 1)
 
 
 def test_score_is_near_the_float_reference_of_the_packed_codes(packed):

@@ -138,8 +138,9 @@ class BoundExecutor {
     add(GateOp{gate, up, output, activation_named(activation)});
   }
   void router(int input, const ArrayIn<float, 2>& weight, int output) {
-    want(static_cast<int>(weight.shape(0)) == width(output) && static_cast<int>(weight.shape(1)) == width(input) &&
-             output != input, "router: widths");
+    want(static_cast<int>(weight.shape(0)) == width(output) && static_cast<int>(weight.shape(1)) == width(input),
+         "router: widths");
+    want(output != input, "router: output is the input");
     kept_.push_back(nb::cast(weight));
     add(RouterOp{input, output, weight.data()});
   }

@@ -106,9 +106,16 @@ def random_mixture(model_type: str) -> dict[str, np.ndarray]:
 
 
 def write_mixture(
-    path: Path, model_type: str, *, keys: Mapping[str, Any] | None = None, **options: Any
+    path: Path,
+    model_type: str,
+    *,
+    keys: Mapping[str, Any] | None = None,
+    merged: bool = True,
+    **options: Any,
 ) -> Path:
-    """A file of random_mixture, each kind of matrix of a layer's experts in one tensor."""
+    """A file of random_mixture, each kind of matrix of a layer's experts in one tensor; not
+    merged: without those.
+    """
     architecture, block, gate, up, down, _ = MIXTURES[model_type]
     weights = random_mixture(model_type)
     dense = {name: weight for name, weight in weights.items() if f".{block}." not in name}
@@ -116,7 +123,7 @@ def write_mixture(
     for layer in range(LAYERS):
         at, to = f"model.layers.{layer}.{block}.", f"blk.{layer}."
         raw[f"{to}ffn_gate_inp.weight"] = (weights[f"{at}gate.weight"], T.F32)
-        for stem, name in (("gate", gate), ("up", up), ("down", down)):
+        for stem, name in (("gate", gate), ("up", up), ("down", down)) if merged else ():
             each = [weights[f"{at}experts.{expert}.{name}.weight"] for expert in range(EXPERTS)]
             tensor = f"{to}ffn_{stem}_exps.weight"
             kind = options.get("types", {}).get(tensor, T.F32)

@@ -49,6 +49,24 @@ def test_the_op_list_uses_every_tensor_and_no_other(model_type: str, tmp_path: P
     check_weights(ops, shapes.get, where="the file")
 
 
+def test_experts_that_are_tensors_of_their_own_are_read_too(tmp_path: Path) -> None:
+    """As llama.cpp's converter wrote Mixtral before April 2024."""
+    weights = random_mixture("mixtral")
+    stems = {"w1": "ffn_gate", "w3": "ffn_up", "w2": "ffn_down"}
+    raw = {}
+    for name, weight in weights.items():
+        if ".experts." in name:
+            _, _, layer, _, _, expert, matrix, _ = name.split(".")
+            kind = T.Q8_0 if matrix == "w2" else T.F16
+            stored = gguf.quants.quantize(weight, kind)
+            raw[f"blk.{layer}.{stems[matrix]}.{expert}.weight"] = (stored, kind)
+    checkpoint = opened(tmp_path, "mixtral", raw=raw, merged=False)
+    assert set(checkpoint.names()) == set(weights)
+    name = "model.layers.1.block_sparse_moe.experts.4.w3.weight"
+    np.testing.assert_array_equal(checkpoint.read(name), weights[name].astype(np.float16))
+    assert isinstance(checkpoint.read(name.replace("w3", "w2")), QuantizedMatrix)
+
+
 @pytest.mark.parametrize("kind", [T.Q4_0, T.Q5_1, T.Q8_0])
 def test_experts_keep_their_codes(kind: T, tmp_path: Path) -> None:
     stems = ("ffn_gate_exps", "ffn_up_exps", "ffn_down_exps")

@@ -43,6 +43,7 @@ def random_packed(config: Mapping[str, Any], recipe: Recipe, out: Path) -> Packe
         tokenizer=tokenizer,
         source="random weights",
         recipe=recipe.to_json(),
+        runs=ops.runs(),
     ) as writer:
         for name in ops.matrices():
             n, k = shapes[name]

@@ -168,6 +168,8 @@ def _matched(
     if "elute_rope_frequency_factors" in config:
         del left[ROPE_FREQS]
     for expected in expected_tensors(architecture, config):
+        if expected.alone and expected.alone in left:
+            expected = replace(expected, gguf_name=expected.alone, part=None)
         info = header.tensors.get(expected.gguf_name)
         left.pop(expected.gguf_name, None)
         if info is None:

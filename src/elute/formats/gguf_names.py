@@ -131,6 +131,7 @@ class ExpectedTensor:
 
     rope_heads  heads of interleaved rows, 0 for none
     part, parts the GGUF tensor is [parts, *shape], and this is one of them; None: it is all of it
+    alone       what it is called where it is a tensor of its own, as in files before April 2024
     """
 
     gguf_name: str
@@ -140,6 +141,7 @@ class ExpectedTensor:
     rope_heads: int = 0
     part: int | None = None
     parts: int = 1
+    alone: str = ""
 
     @property
     def stored_shape(self) -> tuple[int, ...]:
@@ -203,16 +205,17 @@ def _expected_experts(
     yield ExpectedTensor(f"{theirs}ffn_gate_inp.weight", f"{path}.gate.weight", (count, hidden))
     for expert in range(count):
         for stem, name, shape in (
-            ("ffn_gate_exps", names.gate, (width, hidden)),
-            ("ffn_up_exps", names.up, (width, hidden)),
-            ("ffn_down_exps", names.down, (hidden, width)),
+            ("ffn_gate", names.gate, (width, hidden)),
+            ("ffn_up", names.up, (width, hidden)),
+            ("ffn_down", names.down, (hidden, width)),
         ):
             yield ExpectedTensor(
-                f"{theirs}{stem}.weight",
+                f"{theirs}{stem}_exps.weight",
                 f"{path}.experts.{expert}.{name}.weight",
                 shape,
                 part=expert,
                 parts=count,
+                alone=f"{theirs}{stem}.{expert}.weight",
             )
 
 

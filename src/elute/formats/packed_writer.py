@@ -45,15 +45,19 @@ class PackedWriter:
         source: str,
         recipe: Mapping[str, Any] | None = None,
         overwrite: bool = False,
+        runs: Sequence[Sequence[str]] = (),
         max_shard_bytes: int = MAX_SHARD_BYTES,
     ) -> None:
         """names: every tensor that may be added; room in the file headers is kept for them.
+        runs: names that are added one after the other, of about one size, and go into one file.
 
         Raises EluteError when `out` exists and may not be replaced: a packed model without
         `overwrite`, or anything else that is not an empty directory.
         """
         self._out = Path(os.path.realpath(out))
         self._names = frozenset(names)
+        self._run_lengths = {run[0]: len(run) for run in runs}
+        self._in_runs = frozenset(name for run in runs for name in run[1:])
         self._config = config
         self._tokenizer = tokenizer
         self._source = source
@@ -205,7 +209,8 @@ class PackedWriter:
         if name not in self._names or name in self._records:
             raise ShapeError(f"{name}: added twice or missing from the writer's names")
         shard = self._shard
-        if shard is not None and shard.n_bytes + stored_bytes > self._max_shard_bytes:
+        wanted = 0 if name in self._in_runs else stored_bytes * self._run_lengths.get(name, 1)
+        if shard is not None and wanted and shard.n_bytes + wanted > self._max_shard_bytes:
             with disk_errors(self._out):
                 self._close_shard()
             shard = None

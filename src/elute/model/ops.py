@@ -181,6 +181,10 @@ class OpList:
                 names.update(dict.fromkeys(op.matrices()))
         return tuple(names)
 
+    def runs(self) -> tuple[tuple[str, ...], ...]:
+        """Of matrices() the names that are to lie in one file: the experts of a layer."""
+        return tuple(op.matrices() for op in self.ops if isinstance(op, Experts))
+
     def vectors(self) -> tuple[str, ...]:
         """Names of the weights that stay f32, each once: norms and biases, [N], routers [N, K]."""
         names: dict[str, None] = {}

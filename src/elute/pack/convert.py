@@ -35,6 +35,7 @@ def convert(
     *,
     tensors: Sequence[str] | None = None,
     floats: Collection[str] = (),
+    runs: Sequence[Sequence[str]] = (),
     progress: Progress | None = None,
     force: bool = False,
     max_shard_bytes: int = MAX_SHARD_BYTES,
@@ -44,6 +45,7 @@ def convert(
     tensors   the names wanted, in the order in which they are to lie; by default all of the
               checkpoint's matrices and vectors, without the head when it is tied to the embedding
     floats    matrices among them that stay f32, whatever the recipe says
+    runs      of names that follow one another in `tensors`: each goes into one file
     progress  called with (weights done, weights in all, tensor just written)
     force     replaces a packed model that `out` holds already
 
@@ -67,6 +69,7 @@ def convert(
         source=checkpoint.source,
         recipe=recipe.to_json(),
         overwrite=force,
+        runs=runs,
         max_shard_bytes=max_shard_bytes,
     ) as writer:
         for name, shape in shapes.items():

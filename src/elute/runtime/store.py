@@ -186,6 +186,7 @@ def pack_checkpoint(
         recipe,
         tensors=(*ops.matrices(), *ops.vectors()),
         floats=ops.vectors(),
+        runs=ops.runs(),
         progress=told,
         force=force,
     )
