@@ -18,7 +18,7 @@ constexpr int kLanes = kBytes / 4;
 constexpr int kGemmRows = 2;  // 2 rows * 4 vectors of sums = 8 registers; + 4 of codes + 1 of activations
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+ELUTE_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline Bytes low_nibbles(Bytes v) { return _mm256_and_si256(v, _mm256_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm256_srli_epi16(v, 4)); }
 inline Bytes lookup(Bytes table, Bytes index) { return _mm256_shuffle_epi8(table, index); }
@@ -224,7 +224,12 @@ inline Bytes position_codes(Bytes v, int part) {  // field (4 * Half + L) / Plan
   return _mm256_and_si256(_mm256_srlv_epi32(v, _mm256_add_epi32(by_lane, _mm256_set1_epi32(4 * Half + 2 * part))), mask);
 }
 template <int Planes>
-using SectionDot = Dot<Planes>;
+struct SectionDot : Dot<Planes> {
+  template <int Half>
+  static Bytes operand(Bytes positions, int part) { return position_codes<Planes, Half>(positions, part); }
+  template <int Half>
+  static Ints total(__m256i p) { return Dot<Planes>::total(p); }
+};
 
 }  // namespace
 }  // namespace elute

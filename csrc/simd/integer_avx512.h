@@ -13,7 +13,7 @@
 namespace elute {
 namespace {
 
-// Conversions; SIMDe 0.7.4 lacks these 512-bit ones, so emulation makes them of two halves.
+// SIMDe 0.7.4 lacks these 512-bit operations, so emulation makes them of two halves.
 #ifdef ELUTE_EMULATE_AVX512
 inline __m512i join_halves(__m256i low, __m256i high) {
   return _mm512_inserti64x4(_mm512_castsi256_si512(low), high, 1);
@@ -29,12 +29,17 @@ inline __m512 widen_halves(__m256i v) {
   return _mm512_castsi512_ps(join_halves(_mm256_castps_si256(_mm256_cvtph_ps(_mm256_castsi256_si128(v))),
                                          _mm256_castps_si256(_mm256_cvtph_ps(_mm256_extracti128_si256(v, 1)))));
 }
+inline __m512i shift_right(__m512i v, __m512i counts) {
+  return join_halves(_mm256_srav_epi32(_mm512_castsi512_si256(v), _mm512_castsi512_si256(counts)),
+                     _mm256_srav_epi32(_mm512_extracti64x4_epi64(v, 1), _mm512_extracti64x4_epi64(counts, 1)));
+}
 inline __m512 convert(__m512i v) {
   const __m256 low = _mm256_cvtepi32_ps(_mm512_castsi512_si256(v));
   const __m256 high = _mm256_cvtepi32_ps(_mm512_extracti64x4_epi64(v, 1));
   return _mm512_castsi512_ps(join_halves(_mm256_castps_si256(low), _mm256_castps_si256(high)));
 }
 #else
+inline __m512i shift_right(__m512i v, __m512i counts) { return _mm512_srav_epi32(v, counts); }  // keeps the sign
 inline __m512 convert(__m512i v) { return _mm512_cvtepi32_ps(v); }
 inline __m512i widen16(__m256i v) { return _mm512_cvtepi16_epi32(v); }
 inline __m512i widen8(__m128i v) { return _mm512_cvtepi8_epi32(v); }
@@ -50,7 +55,7 @@ constexpr int kLanes = kBytes / 4;
 constexpr int kGemmRows = 8;  // 8 rows * 2 vectors of sums = 16 registers; + 2 of codes; activations broadcast from memory
 
 inline Bytes load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-inline void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
+ELUTE_INLINE void prefetch(const uint8_t* p) { _mm_prefetch(reinterpret_cast<const char*>(p), _MM_HINT_T0); }
 inline Bytes low_nibbles(Bytes v) { return _mm512_and_si512(v, _mm512_set1_epi8(15)); }
 inline Bytes high_nibbles(Bytes v) { return low_nibbles(_mm512_srli_epi16(v, 4)); }
 inline Bytes lookup(Bytes table, Bytes index) { return _mm512_shuffle_epi8(table, index); }
@@ -207,20 +212,61 @@ inline void interleave_channels(const Bytes (&channels)[4], Bytes (&out)[4]) {
   out[2] = _mm512_unpacklo_epi16(last_a, last_b);
   out[3] = _mm512_unpackhi_epi16(last_a, last_b);
 }
-// By lane, 4 bytes each.
-inline __m512i each_lane(int a, int b, int c, int d) {
-  return _mm512_setr_epi32(a, a, a, a, b, b, b, b, c, c, c, c, d, d, d, d);
+// Where in a byte field (4 * Half + L) / Planes of lane L begins.
+template <int Planes, int Half>
+inline __m512i field_shifts() {
+  constexpr int h = 4 * Half, b = Planes == 1 ? h + 1 : h, c = Planes == 4 ? h : h + 2, d = Planes == 1 ? h + 3 : c;
+  return _mm512_setr_epi32(h, h, h, h, b, b, b, b, c, c, c, c, d, d, d, d);
 }
 template <int Planes, int Half>
-inline Bytes position_codes(Bytes v, int) {  // field (4 * Half + L) / Planes of lane L
-  const __m512i mask = _mm512_set1_epi8((1 << Planes) - 1);
-  constexpr int h = 4 * Half;
-  if constexpr (Planes == 4) return _mm512_and_si512(_mm512_srli_epi16(v, h), mask);
-  const __m512i shifts = Planes == 2 ? each_lane(h, h, h + 2, h + 2) : each_lane(h, h + 1, h + 2, h + 3);
-  return _mm512_and_si512(_mm512_srlv_epi32(v, shifts), mask);
+inline Bytes position_codes(Bytes v, int) {
+  return _mm512_and_si512(_mm512_srlv_epi32(v, (field_shifts<Planes, Half>())), _mm512_set1_epi8((1 << Planes) - 1));
 }
+// Codes stay where they are in their bytes, which multiplies their products by a power of two.
 template <int Planes>
-using SectionDot = Product;
+struct FieldDot : Product {
+  template <int Half>
+  static Bytes operand(Bytes positions, int) {
+    constexpr int kMask = (1 << Planes) - 1;
+    return _mm512_and_si512(positions, _mm512_sllv_epi32(_mm512_set1_epi32(kMask * 0x01010101), (field_shifts<Planes, Half>())));
+  }
+  template <int Half>
+  static Ints total(Partial p) { return shift_right(p, (field_shifts<Planes, Half>())); }
+};
+// Of 2 planes a tile has half a vector: two tiles of a matrix of 2 bits, the first in lanes 0 and 1.
+struct PairOfTiles {
+  __m512i sums[4][4];  // [field][i]
+  PairOfTiles() {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) sums[i / 4][i % 4] = _mm512_setzero_si512();
+  }
+  void add(const Bytes (&positions)[4], Bytes q) {
+#pragma GCC unroll 16
+    for (int i = 0; i < 16; ++i) {
+      __m512i& sum = sums[i / 4][i % 4];
+      const __m512i mask = _mm512_set1_epi8(static_cast<char>(3 << i / 4 * 2));
+      sum = _mm512_dpbusd_epi32(sum, _mm512_and_si512(positions[i % 4], mask), q);
+      keep_in_register(sum);
+    }
+  }
+  // dot[tile] = start + the products, outputs in order: fields 2h and 2h + 1 hold 8 each of a half h.
+  void total(Ints start, Ints (&dot)[2][8]) const {
+#pragma GCC unroll 8
+    for (int i = 0; i < 8; ++i) {
+      const int h = i / 4;
+      const __m512i first = shift_right(sums[2 * h][i % 4], _mm512_set1_epi32(4 * h));
+      const __m512i second = shift_right(sums[2 * h + 1][i % 4], _mm512_set1_epi32(4 * h + 2));
+      dot[0][i] = _mm512_add_epi32(start, _mm512_shuffle_i32x4(first, second, 0x44));
+      dot[1][i] = _mm512_add_epi32(start, _mm512_shuffle_i32x4(first, second, 0xee));
+    }
+  }
+};
+template <int Planes>
+struct SectionDot : FieldDot<Planes> {};
+template <>
+struct SectionDot<2> : FieldDot<2> {
+  using Pair = PairOfTiles;
+};
 
 }  // namespace
 }  // namespace elute

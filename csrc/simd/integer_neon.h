@@ -5,6 +5,8 @@
 
 #include <cstdint>
 
+#include "kernels/matmul.h"
+
 namespace elute {
 namespace {
 
@@ -16,7 +18,7 @@ using Floats = float32x4_t;
 constexpr int kLanes = kBytes / 4;
 
 inline Bytes load_bytes(const uint8_t* p) { return vld1q_u8(p); }
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+ELUTE_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 inline Bytes low_nibbles(Bytes v) { return vandq_u8(v, vdupq_n_u8(15)); }
 inline Bytes high_nibbles(Bytes v) { return vshrq_n_u8(v, 4); }
 inline Bytes lookup(Bytes table, Bytes index) { return vqtbl1q_u8(table, index); }
@@ -103,6 +105,9 @@ struct SectionDot {
   static void add(Partial& p, Bytes codes, Bytes q) {
     p = vdotq_s32(p, vreinterpretq_s8_u8(codes), vreinterpretq_s8_u8(q));
   }
+  template <int Half>
+  static Bytes operand(Bytes positions, int part) { return position_codes<Planes, Half>(positions, part); }
+  template <int Half>
   static Ints total(Partial p) { return p; }
 };
 

@@ -21,7 +21,8 @@ inline Bytes load_bytes(const uint8_t* p) {
   __builtin_memcpy(r.v, p, kBytes);
   return r;
 }
-inline void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
+// Inlined by force: GCC 12 drops calls of a function that does nothing else.
+ELUTE_INLINE void prefetch(const uint8_t* p) { __builtin_prefetch(p); }
 inline Bytes low_nibbles(Bytes a) {
   for (uint8_t& x : a.v) x &= 15;
   return a;
@@ -178,9 +179,14 @@ inline Bytes position_codes(Bytes a, int part) {
   for (uint8_t& x : a.v) x = x >> shift & ((1 << Planes) - 1);
   return a;
 }
-// Products of a section's codes.
+// Products of a section: operand() gives the codes of a half, weighed as suits the level, and total() what Product's does.
 template <int Planes>
-using SectionDot = Product;
+struct SectionDot : Product {
+  template <int Half>
+  static Bytes operand(const Bytes& positions, int part) { return position_codes<Planes, Half>(positions, part); }
+  template <int Half>
+  static Ints total(Partial p) { return p; }
+};
 
 }  // namespace
 }  // namespace elute

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from elute.pack import channels
 from elute.pack.quads import pack, unpack
 from elute.quantize.recipe import Recipe
 from elute.types import U8, Affine, QuantizedMatrix
@@ -61,6 +62,19 @@ def test_the_worked_example_is_what_pack_writes() -> None:
     assert len(results) == 2
     for row, column, value in results:
         assert w[int(row), int(column)] == float(value)
+
+
+def test_the_example_in_channel_order_is_what_pack_writes() -> None:
+    codes = np.zeros((130, 2), np.uint8)
+    for line in block("channel-codes").splitlines():
+        channel, values = line.removeprefix("channel").split(":", 1)
+        for value in values.split():
+            output, code = value.split(":")
+            codes[int(output), int(channel)] = int(code)
+    assert np.count_nonzero(codes) == 8
+    rows = channels.pack_codes(codes, 3)
+    assert rows.tobytes() == example_bytes("channel-rows")
+    assert np.array_equal(channels.unpack_codes(rows, 130, 3), codes)
 
 
 @pytest.mark.parametrize("kind", ["toml", "json"])
