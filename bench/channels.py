@@ -24,7 +24,7 @@ SHARES = [1.0, 0.6, 0.4, 0.2]
 AVX2 = ["-mavx2", "-mfma", "-mf16c"]
 AVX512 = [f"-mavx512{part}" for part in ("f", "bw", "vl", "dq", "vnni")]
 # As CMakeLists.txt builds the kernels.
-FLAGS = ["-std=c++20", "-O3", "-fno-exceptions", "-fno-math-errno", "-fno-trapping-math"]
+FLAGS = ["-std=c++20", "-O3", "-fno-math-errno", "-fno-trapping-math"]
 
 
 def build(folder: str) -> Path:
