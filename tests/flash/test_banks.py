@@ -222,8 +222,12 @@ def test_a_budget_below_two_banks_is_refused():
     sizes = [BankSize("a", 10, 8192), BankSize("b", 3, 4096)]
     with pytest.raises(BudgetError, match=r"found 0 MB, wanted at least 0 .*blocks 0"):
         solve_banks(90_000, {}, sizes)
-    plan = solve_banks(2 * 81920, {}, [sizes[0], replace(sizes[1], n_blocks=100)])
-    assert plan.total <= 2 * 81920 + 409600
+    three = [sizes[0], replace(sizes[0], name="c"), replace(sizes[1], n_blocks=20)]
+    plan = solve_banks(2 * 81920 + 50_000, {}, three)
+    assert plan.staging == 2 * 81920
+    assert plan.total <= plan.budget
+    assert plan.missed == 3 * 81920 - plan.slot_bytes
+    assert all(plan.slots.values())
     assert solve_banks(10**6, {"process": 1000}, sizes).staging == 0
 
 
