@@ -268,6 +268,7 @@ class Model:
         if self._engine is not None:
             self._engine.session.reset()  # ends a stream that is still open
             self._engine = None
+            self.flash = None
             self._close()
 
     def __enter__(self) -> Self:

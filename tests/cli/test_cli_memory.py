@@ -1,6 +1,7 @@
 """`elute run --memory` and `elute plan`, each a process of its own on a model of random weights."""
 
 import json
+import os
 import re
 import subprocess
 import sys
@@ -10,6 +11,7 @@ import pytest
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
+from elute.flash.page_cache import cached_bytes, forget
 
 CONFIG = {
     **CONFIGS["llama-3.2-1b"],
@@ -79,6 +81,28 @@ def test_run_keeps_its_budget_and_its_answer(model, least):
     assert told["flash"]["missed_bytes"] > 0
     assert told["flash"]["read_bytes"] >= 8 * told["flash"]["missed_bytes"]
     assert "flash" not in free
+    assert "predicted" not in free
+    measured, predicted = told["measured"], told["predicted"]
+    assert measured["read_bytes_per_token"] == pytest.approx(told["flash"]["missed_bytes"], rel=0.3)
+    assert predicted["read_bytes_per_token"] == told["flash"]["missed_bytes"]
+    assert measured["resident_bytes"] <= predicted["resident_bytes"] <= budget
+    assert predicted["page_cache_bytes"] == 0
+    assert measured["page_cache_bytes"] <= 1 << 20  # headers of the files; no weights
+    assert measured["tok_s"] > 0
+    assert predicted["tok_s"] > 0
+    assert measured["waited_s_per_token"] >= 0
+
+
+def test_a_run_ends_with_predicted_beside_measured(model, least):
+    common = ["--memory", f"{least + 8}M", "--context", "256", "--temperature", "0"]
+    done = elute("run", model, "eta", "--raw", "--max-tokens", "8", *common)
+    assert done.returncode == 0, done.stderr
+    *_, predicted, measured = done.stderr.splitlines()
+    figures = (
+        r"[\d.]+ tok/s · [\d.]+ MB of flash a token · [\d.]+ ms wait a token · resident \d+ MB"
+    )
+    assert re.fullmatch(rf"predicted {figures} · page cache 0\.0 MB", predicted)
+    assert re.fullmatch(rf"measured  {figures} · page cache \d\.\d MB", measured)
 
 
 @pytest.mark.parametrize("size", ["much", "-5", "1Q"])
@@ -88,3 +112,17 @@ def test_a_size_that_is_none_is_one_sentence(model, size):
     assert done.stderr == (
         f"error: memory: found '{size}', wanted a size such as 1.5G, 800M or 2GiB\n"
     )
+
+
+def test_page_cache_of_files_is_seen_and_given_back(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(300_000))
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        opened.read()
+    held = cached_bytes([file])
+    if held is None:
+        pytest.skip("this system does not tell what it caches")
+    assert held == 303_104  # whole pages
+    forget([file])
+    assert cached_bytes([file]) in (0, held)  # a file system in memory keeps its pages

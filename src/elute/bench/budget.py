@@ -19,8 +19,8 @@ from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
 from elute.errors import DeviceError
-from elute.flash.plan import Plan, Use
-from elute.flash.walk import walk
+from elute.flash.plan import BLOCK, Plan, Use
+from elute.flash.walk import Disk, walk
 from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
@@ -30,12 +30,17 @@ from elute.model.ops import Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.threads import default_threads
+from elute.types import U8
 
 if TYPE_CHECKING:
+    from elute._native import WeightStream
     from elute.pack.foresee import Foreseen
 
 PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
 PROBES = 3
+LATENCY_BYTES = 64 << 10  # a read that takes latency rather than bytes
+LATENCY_READS = 48
+USUAL_LATENCY_S = 100e-6  # of an NVMe disk and two threads that wake each other
 # What reading a tokenizer adds to a process: 5.6 MB for 512 tokens, 16 for 49k, 42 for 128k.
 TOKENIZER_BYTES, TOKENIZER_BYTES_A_TOKEN = 6_000_000, 300
 
@@ -48,7 +53,6 @@ class Prediction:
     read_bytes: int
     waited_s: float
     resident_bytes: int
-    flash_gb_s: float
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -60,7 +64,7 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, order: list[Use], pace: Pace, flash_gb_s: float) -> Prediction:
+def predict(plan: Plan, order: list[Use], pace: Pace, flash: Disk) -> Prediction:
     """The one forecast of `elute plan` and of a run's last lines.
 
     order  uses() of the model; the pace of layers is shared among them by their bytes
@@ -71,9 +75,9 @@ def predict(plan: Plan, order: list[Use], pace: Pace, flash_gb_s: float) -> Pred
         order,
         use_s=[pace.layers_s * use.total / total for use in order],
         rest_s=pace.rest_s,
-        flash_bytes_s=flash_gb_s * 1e9,
+        disk=flash,
     )
-    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total, flash_gb_s)
+    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total)
 
 
 def predict_run(
@@ -99,8 +103,8 @@ def predict_run(
         kernels=kernels,
     )
     _native.return_freed_memory()
-    rate = flash_rate(packed, most=room) if plan.missed else 1.0
-    return predict(plan, uses(op_list(packed.config), packed), pace, rate)
+    flash = flash_speed(packed, most=room) if plan.missed else usual_disk(1e9)
+    return predict(plan, uses(op_list(packed.config), packed), pace, flash)
 
 
 @dataclass(frozen=True)
@@ -113,6 +117,7 @@ class Forecast:
     context: int
     touched: int
     flash_gb_s: float
+    flash_latency_s: float
     dram_gb_s: float
     model_bytes: int
     bits_per_weight: float
@@ -147,6 +152,7 @@ class Forecast:
             "touched_bytes": self.touched,
             "context": self.context,
             "flash_gb_s": round(self.flash_gb_s, 3),
+            "flash_latency_s": round(self.flash_latency_s, 6),
             "dram_gb_s": round(self.dram_gb_s, 2),
             "tok_s": round(self.prediction.tok_s, 3),
             "waited_s_per_token": round(self.prediction.waited_s, 5),
@@ -200,19 +206,21 @@ def forecast(
         chunk=executor.CHUNK,
         n_threads=n_threads,
     )
-    if flash_gb_s is None:
-        if isinstance(packed, PackedModel):
-            flash_gb_s = flash_rate(packed)
-        else:
-            flash_gb_s = folder_rate(cache_dir)
+    if flash_gb_s is not None:
+        flash = usual_disk(1e9 * flash_gb_s)
+    elif isinstance(packed, PackedModel):
+        flash = flash_speed(packed)
+    else:
+        flash = folder_speed(cache_dir)
     ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
     pace = measured_pace(packed, packed.config, n_threads=n_threads, cache_type=cache_type)
     return Forecast(
         found.plan,
-        predict(found.plan, uses(ops, packed), pace, flash_gb_s),
+        predict(found.plan, uses(ops, packed), pace, flash),
         found.context,
         touched_bytes(ops, packed),
-        flash_gb_s,
+        flash.bytes_s / 1e9,
+        flash.latency_s,
         ceilings.read_gb_s,
         packed.nbytes,
         packed.bits_per_weight,
@@ -233,16 +241,13 @@ def touched_bytes(ops: OpList, packed: Recorded) -> int:
     )
 
 
-def flash_rate(packed: PackedModel, *, most: int = PROBE_BYTES) -> float:
-    """GB/s of sequential reads past the page cache, as weights are read: the median of a few.
-
-    most  bytes that reading may hold
-    """
+def flash_speed(packed: PackedModel, *, most: int = PROBE_BYTES) -> Disk:
+    """Measured on the model's largest file. most: bytes that reading may hold."""
     path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
-    return file_rate(path, packed.files[path.name].size, most=most)
+    return file_speed(path, packed.files[path.name].size, most=most)
 
 
-def folder_rate(cache_dir: Path | None) -> float:
+def folder_speed(cache_dir: Path | None) -> Disk:
     """The same of the disk that a model is packed to, by a file that is written for it."""
     from elute.formats import sources
 
@@ -255,7 +260,7 @@ def folder_rate(cache_dir: Path | None) -> float:
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return file_rate(Path(file.name), PROBE_BYTES)
+            return file_speed(Path(file.name), PROBE_BYTES)
     except OSError as error:
         raise DeviceError(
             f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); give "
@@ -263,19 +268,49 @@ def folder_rate(cache_dir: Path | None) -> float:
         ) from None
 
 
-def file_rate(path: Path, size: int, *, most: int = PROBE_BYTES) -> float:
-    size = size // 4096 * 4096
-    probe = min(PROBE_BYTES, size, most // 4096 * 4096)
+def file_speed(path: Path, size: int, *, most: int = PROBE_BYTES) -> Disk:
+    """Past the page cache, the median of a few. Raises DeviceError when the file cannot be read."""
+    blocks = size // BLOCK
+    probe = min(PROBE_BYTES, blocks * BLOCK, most // BLOCK * BLOCK)
     memory = pages(probe)
     rates = []
     for i in range(PROBES):
-        offset = (size - probe) * i // max(1, PROBES - 1) // 4096 * 4096
+        offset = (blocks * BLOCK - probe) * i // max(1, PROBES - 1) // BLOCK * BLOCK
+        stream = _opened(path, [(0, offset, probe, 0)], memory)
         started = time.perf_counter()
-        stream = _native.open_stream(
-            [str(path)], [(0, offset, probe, 0)], memory, "auto", DEPTH, REQUEST_BYTES, True
-        )
         stream.load()
         rates.append(probe / (time.perf_counter() - started) / 1e9)
-        if stream.failure:
-            raise DeviceError(stream.failure)
-    return sorted(rates)[PROBES // 2]
+        _check(stream)
+    rate = sorted(rates)[PROBES // 2]
+    small, large = min(LATENCY_BYTES, probe), min(REQUEST_BYTES, probe)
+    small_s, large_s = (_one_by_one(path, blocks, size, memory) for size in (small, large))
+    request_rate = (large - small) / (large_s - small_s) if large_s > small_s else 1e9 * rate
+    latency_s = max(0.0, small_s - small / request_rate)
+    return Disk(1e9 * rate, latency_s, request_rate, REQUEST_BYTES, DEPTH)
+
+
+def usual_disk(bytes_s: float) -> Disk:
+    """One whose rate alone is known."""
+    return Disk(bytes_s, USUAL_LATENCY_S, bytes_s, REQUEST_BYTES, DEPTH)
+
+
+def _one_by_one(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
+    """Seconds of a read that is asked for when the one before it has been used."""
+    span = max(1, blocks - n_bytes // BLOCK)
+    offsets = [span * i // LATENCY_READS * BLOCK for i in range(LATENCY_READS)]
+    stream = _opened(path, [(0, offset, n_bytes, 0) for offset in offsets], memory)
+    turns = [stream.read_through(i, 1) / LATENCY_READS for i in range(PROBES)]
+    _check(stream)
+    return sorted(turns)[PROBES // 2]
+
+
+def _opened(path: Path, pieces: list[tuple[int, int, int, int]], memory: U8) -> WeightStream:
+    try:
+        return _native.open_stream([str(path)], pieces, memory, "auto", DEPTH, REQUEST_BYTES, True)
+    except RuntimeError as error:
+        raise DeviceError(f"flash: {error}; check the model's files") from None
+
+
+def _check(stream: WeightStream) -> None:
+    if stream.failure:
+        raise DeviceError(stream.failure)

@@ -27,8 +27,8 @@ from elute.types import Affine
 
 ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
 CONTEXT = 64
-ROUNDS = 9
-WARM_UP = 2
+ROUNDS = 15
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -64,8 +64,9 @@ def measured_pace(
     counts = sorted({max(1, n_layers // 2), n_layers})
     lists = [op_list(_cut(config, n, whole.n_layers)) for n in counts]
     weights = RandomWeights(lists[-1], _recipe(lists[-1], packed))
-    executors = [
-        Executor(
+    seconds = []
+    for ops in lists:  # one after the other: threads of the one that waits would take processors
+        executor = Executor(
             ops,
             weights,
             context=CONTEXT,
@@ -73,15 +74,13 @@ def measured_pace(
             cache_type=cache_type,
             kernels=kernels,
         )
-        for ops in lists
-    ]
-    times: list[list[float]] = [[] for _ in executors]
-    for position in range(WARM_UP + ROUNDS):
-        for of, executor in zip(times, executors, strict=True):
+        times = []
+        for position in range(WARM_UP + ROUNDS):
             started = time.perf_counter()
             executor.forward(np.array([position], np.int32), position)
-            of.append(time.perf_counter() - started)
-    seconds = [statistics.median(of[WARM_UP:]) for of in times]
+            times.append(time.perf_counter() - started)
+        seconds.append(statistics.median(times[WARM_UP:]))
+        del executor
     if len(counts) == 1:  # a model of one layer, or no room for two: by their bytes
         share = layers * counts[0] / whole.n_layers
         layer_s = seconds[0] * share / (share + head) / counts[0]
