@@ -30,6 +30,8 @@ __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
 
 log = logging.getLogger(__name__)
 
+LIMITED_LOGITS = 2 << 20  # of a step of `score` under a budget: what the process's growth covers
+
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates take them
 
 
@@ -319,6 +321,7 @@ def load(
     cache_type: str = "f16",
     cache_dir: str | Path | None = None,
     memory: str | int | None = None,
+    score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -337,8 +340,9 @@ def load(
               None. Hub repositories stay in the hub's own cache
     memory    all that the process may hold, such as "1.5G": weights that do not fit are read from
               flash for every forward, with the same answers. Without a context it is then at most
-              4096 tokens. Packing a model that is not packed yet does not count, nor what `score`
-              keeps, the logits of every token
+              4096 tokens. Packing a model that is not packed yet does not count
+    score_bytes of memory, what the logits of one step of `score` may take; more steps read weights
+              from flash more often. When None, 2 MB
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks,
@@ -349,6 +353,7 @@ def load(
     from elute.formats.chat_template import ChatTemplate
     from elute.formats.tokenizer import Tokenizer as FileTokenizer
     from elute.model.families import op_list
+    from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.store import open_packed
 
@@ -375,7 +380,7 @@ def load(
     kernels = None
     if memory is not None:
         weights, context, kernels = _fitted(
-            packed, ops, memory, context, cache_type, threads, isa, kernel, folder
+            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, score_bytes
         )
     executor = NativeExecutor(
         ops,
@@ -387,6 +392,7 @@ def load(
         cache_type=cache_type,
         cache_dir=folder,
         kernels=kernels,
+        logits_bytes=UNLIMITED_LOGITS if memory is None else score_bytes or LIMITED_LOGITS,
     )
     return Model(
         executor,
@@ -428,6 +434,7 @@ def _fitted(
     isa: str | None,
     kernel: str,
     folder: Path | None,
+    score_bytes: int | None,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
     """Weights, context and kernels within a budget of memory."""
     import psutil
@@ -451,6 +458,7 @@ def _fitted(
         cache_type=cache_type,
         chunk=executor.CHUNK,
         n_threads=default_threads() if threads is None else threads,
+        logits=score_bytes or 0,
     )
     plan = found.plan
     if plan.places:

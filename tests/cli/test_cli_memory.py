@@ -126,3 +126,18 @@ def test_page_cache_of_files_is_seen_and_given_back(tmp_path):
     assert held == 303_104  # whole pages
     forget([file])
     assert cached_bytes([file]) in (0, held)  # a file system in memory keeps its pages
+
+
+def test_eval_keeps_its_budget_and_its_perplexity(model, least, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("eta nine tone " * 400)
+    common = ["eval", model, "--text", str(text), "--context", "256", "--json", "-q"]
+    free = json.loads(elute(*common).stdout)
+    done = elute(*common, "--memory", f"{least + 16}M")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told.pop("peak_memory_bytes") <= 1_000_000 * (least + 16)
+    assert told == free
+    refused = elute(*common, "--memory", "1G", "--against", model)
+    assert refused.returncode == 2
+    assert "--memory is for one model" in refused.stderr

@@ -122,9 +122,11 @@ def sweep(
         theirs: list[float] = []
         with MemoryGroup(budget) if limited else NoGroup() as group:
             for _ in range(runs):
-                plans.append(_plan(packed, budget, context, threads))
+                plans.append(foretold(packed, budget, context, threads))
                 for sparsity, found in zip(sparsities, ours, strict=True):
-                    found.append(_run(group, packed, budget, context, tokens, threads, sparsity))
+                    found.append(
+                        elute_run(group, packed, budget, context, tokens, threads, sparsity)
+                    )
                 if rival is not None:
                     theirs.append(_rival_run(group, rival, threads))
         bound = statistics.median(plan["bound_tok_s"] for plan in plans)
@@ -154,7 +156,7 @@ def sweep(
     return Sweep(name, tuple(points), timeline, settings)
 
 
-def _run(
+def elute_run(
     group: MemoryGroup | NoGroup,
     packed: Path,
     memory: int,
@@ -163,6 +165,7 @@ def _run(
     threads: int | None,
     sparsity: float,
 ) -> dict[str, Any]:
+    """What bench.memory_run measured, in a process of its own."""
     given = {
         "packed": str(packed),
         "memory": memory,
@@ -195,9 +198,9 @@ def _rival_run(group: MemoryGroup | NoGroup, rival: Rival, threads: int | None) 
         ) from None
 
 
-def _plan(packed: Path, memory: int, context: int, threads: int | None) -> dict[str, Any]:
-    """In a process of its own, which holds what a run does; outside the group, whose memory the
-    measurement of the ceilings does not fit."""
+def foretold(packed: Path, memory: int, context: int, threads: int | None) -> dict[str, Any]:
+    """The forecast, in a process of its own, which holds what a run does; outside the group, whose
+    memory the measurement of the ceilings does not fit."""
     command = [sys.executable, "-m", "elute.bench.memory_plan", str(packed), str(memory)]
     told = run_command([*command, str(context), str(threads or 0)])
     answer: dict[str, Any] = json.loads(told.splitlines()[-1])

@@ -113,7 +113,6 @@ load_options = _all(
     cache_type,
 )
 
-# Not of eval, which keeps the logits of every token.
 memory = click.option(
     "--memory",
     metavar="SIZE",
@@ -175,5 +174,6 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         kernel=options["kernel"],
         cache_type=options["cache_type"] or "f16",
         memory=options.get("memory"),
+        score_bytes=options.get("score_bytes"),
         progress=screen,
     )

@@ -11,6 +11,7 @@ from elute.errors import BudgetError, ShapeError
 from elute.flash.plan import Plan, Use, solve
 from elute.kernels import kv_cache
 from elute.model.ops import Attention, OpList
+from elute.runtime.sampler import SOFTMAX_ROWS
 
 if TYPE_CHECKING:
     from elute.flash.weights import Recorded
@@ -58,6 +59,13 @@ def scratch_bytes(ops: OpList, *, chunk: int, n_threads: int, context: int) -> i
     return rows + activations + partials + threads + 3 * 4 * ops.vocabulary
 
 
+def scoring_bytes(ops: OpList, logits: int) -> int:
+    """Of scoring in steps of `logits` bytes: those of a step and of the one before, and
+    exponentials."""
+    row = 4 * ops.vocabulary
+    return 2 * max(logits, row) + 3 * SOFTMAX_ROWS * row
+
+
 @dataclass(frozen=True)
 class Fit:
     """A plan, and the context that it was made for."""
@@ -76,8 +84,10 @@ def fit(
     cache_type: str,
     chunk: int,
     n_threads: int,
+    logits: int = 0,
 ) -> Fit:
-    """Splits `budget`; `process` is what the process holds before the weights.
+    """Splits `budget`; `process` is what the process holds before the weights, `logits` what a step
+    of scoring may ask for.
 
     Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
     least budget that works.
@@ -102,4 +112,6 @@ def fit(
         "cache": cache_bytes(ops, chosen, kind),
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
+    if logits:
+        fixed["logits"] = scoring_bytes(ops, logits)
     return Fit(solve(budget, fixed, order), chosen)
