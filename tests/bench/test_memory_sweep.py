@@ -8,8 +8,8 @@ import xml.etree.ElementTree as ET
 
 import pytest
 
-from elute.bench.memory_group import MemoryGroup, run_command
-from elute.bench.memory_sweep import Sweep, SweepPoint
+from elute.bench.memory_group import MemoryGroup, NoGroup, run_command
+from elute.bench.memory_sweep import Rival, Sweep, SweepPoint, rival_run
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
@@ -129,3 +129,20 @@ def test_a_run_that_fails_is_one_sentence():
         run_command(
             [sys.executable, "-c", "import sys; print('out of luck', file=sys.stderr); sys.exit(3)"]
         )
+
+
+@pytest.mark.parametrize("answer", ['[{"avg_ts": 1.25}]', "[]", "no"])
+def test_llama_bench_is_asked_for_a_mapped_file(tmp_path, answer):
+    program, gguf = tmp_path / "llama-bench", tmp_path / "m.gguf"
+    gguf.write_bytes(b"GGUF")
+    program.write_text(f"#!/bin/sh\necho \"$@\" > {tmp_path}/asked\necho '{answer}'\n")
+    program.chmod(0o755)
+    rival = Rival(str(program), gguf, 3)
+    if "avg" not in answer:
+        with pytest.raises(EluteError, match=r"answered .*, wanted what `llama-bench -o json`"):
+            rival_run(NoGroup(), rival, 2)
+        return
+    assert rival_run(NoGroup(), rival, 2) == 1.25
+    asked = (tmp_path / "asked").read_text()
+    assert f"-m {gguf} -p 0 -n 3 -r 1 -t 2" in asked
+    assert "--load-mode mmap" in asked

@@ -7,6 +7,8 @@ import subprocess
 import sys
 
 import pytest
+from hub_server import serving
+from tiny_folder import save_tiny_folder
 
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
@@ -31,9 +33,9 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def elute(*arguments):
+def elute(*arguments, **more):
     command = [sys.executable, "-m", "elute", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
 
 
 @pytest.fixture(scope="module")
@@ -141,3 +143,40 @@ def test_eval_keeps_its_budget_and_its_perplexity(model, least, tmp_path):
     refused = elute(*common, "--memory", "1G", "--against", model)
     assert refused.returncode == 2
     assert "--memory is for one model" in refused.stderr
+
+
+def test_a_plan_of_a_repository_fetches_headers_and_packs_nothing(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    proxies = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN")
+    environment = {name: value for name, value in os.environ.items() if name not in proxies}
+    environment |= {"ELUTE_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub")}
+    with serving() as hub:
+        hub.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        environment["HF_ENDPOINT"] = hub.url
+        rest = ("--context", "64", "--bits", "2", "--flash", "1", "--json", "-q")
+        command = ["plan", "owner/repo", "--memory", "1G", *rest]
+        done = elute(*command, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert hub.sent_bytes <= 80_000
+        unknown = elute("plan", "owner/other", "--memory", "1G", env=environment)
+    told = json.loads(done.stdout)
+    assert not told["packed"]
+    assert not list((tmp_path / "home").glob("packed/*"))
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr.startswith("error: owner/other: the hub has no such repository")
+    local = elute("plan", str(folder), *command[2:], env=environment)
+    assert json.loads(local.stdout)["model_bytes"] == told["model_bytes"]
+    small = elute("plan", str(folder), "--memory", "1M", *rest, env=environment)
+    assert small.returncode == 2
+    assert re.match(r"error: memory: found 1 MB, wanted at least \d+ ", small.stderr)
+
+
+def test_a_chat_ends_with_predicted_beside_measured(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    environment = {**os.environ, "ELUTE_HOME": str(tmp_path / "home")}
+    options = ("--memory", "400M", "--max-tokens", "8", "--temperature", "0")
+    done = elute("chat", str(folder), *options, input="the cat\nthe dog\n", env=environment)
+    assert done.returncode == 0, done.stderr
+    *_, predicted, measured = done.stderr.splitlines()
+    assert predicted.startswith("predicted ")
+    assert measured.startswith("measured ")

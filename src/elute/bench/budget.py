@@ -219,7 +219,7 @@ def forecast(
         predict(found.plan, uses(ops, packed), pace, flash),
         found.context,
         touched_bytes(ops, packed),
-        flash.bytes_s / 1e9,
+        flash.sequential_bytes_s / 1e9,
         flash.latency_s,
         ceilings.read_gb_s,
         packed.nbytes,
@@ -286,7 +286,14 @@ def file_speed(path: Path, size: int, *, most: int = PROBE_BYTES) -> Disk:
     small_s, large_s = (_one_by_one(path, blocks, size, memory) for size in (small, large))
     request_rate = (large - small) / (large_s - small_s) if large_s > small_s else 1e9 * rate
     latency_s = max(0.0, small_s - small / request_rate)
-    return Disk(1e9 * rate, latency_s, request_rate, REQUEST_BYTES, DEPTH)
+    together_s = _together(path, blocks, small, memory)
+    many_s = large / (1e9 * rate)  # of a large one among many
+    if large > small and many_s > together_s:
+        bytes_s = (large - small) / (many_s - together_s)
+        request_s = max(0.0, many_s - large / bytes_s)
+    else:
+        bytes_s, request_s = 1e9 * rate, 0.0
+    return Disk(bytes_s, latency_s, request_rate, REQUEST_BYTES, DEPTH, request_s)
 
 
 def usual_disk(bytes_s: float) -> Disk:
@@ -300,6 +307,17 @@ def _one_by_one(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
     offsets = [span * i // LATENCY_READS * BLOCK for i in range(LATENCY_READS)]
     stream = _opened(path, [(0, offset, n_bytes, 0) for offset in offsets], memory)
     turns = [stream.read_through(i, 1) / LATENCY_READS for i in range(PROBES)]
+    _check(stream)
+    return sorted(turns)[PROBES // 2]
+
+
+def _together(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
+    """Seconds of a read among many that are under way."""
+    count = max(1, min(LATENCY_READS, memory.size // n_bytes))
+    span = max(1, blocks - n_bytes // BLOCK)
+    pieces = [(0, span * i // count * BLOCK, n_bytes, i * n_bytes) for i in range(count)]
+    stream = _opened(path, pieces, memory)
+    turns = [stream.read_through(4 * i, 4) / count for i in range(PROBES)]
     _check(stream)
     return sorted(turns)[PROBES // 2]
 

@@ -128,7 +128,7 @@ def sweep(
                         elute_run(group, packed, budget, context, tokens, threads, sparsity)
                     )
                 if rival is not None:
-                    theirs.append(_rival_run(group, rival, threads))
+                    theirs.append(rival_run(group, rival, threads))
         bound = statistics.median(plan["bound_tok_s"] for plan in plans)
         predicted = statistics.median(plan["tok_s"] for plan in plans)
         timeline = timeline or ours[0][-1]["timeline"]
@@ -180,8 +180,8 @@ def elute_run(
     return answer
 
 
-def _rival_run(group: MemoryGroup | NoGroup, rival: Rival, threads: int | None) -> float:
-    """Mapped weights as they are: repacked ones are a copy, which the group has no room for."""
+def rival_run(group: MemoryGroup | NoGroup, rival: Rival, threads: int | None) -> float:
+    """-> tokens/s of mapped weights as they are: repacked ones are a copy, for which is no room."""
     from elute.runtime.threads import default_threads
 
     n_threads = default_threads() if threads is None else threads

@@ -27,7 +27,8 @@ from elute.types import Affine
 
 ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
 CONTEXT = 64
-ROUNDS = 15
+ENOUGH_S = 0.4  # other programs come and go; a median of less would be of one moment
+LEAST_ROUNDS, MOST_ROUNDS = 9, CONTEXT - 3
 WARM_UP = 3
 
 
@@ -74,20 +75,30 @@ def measured_pace(
             cache_type=cache_type,
             kernels=kernels,
         )
-        times = []
-        for position in range(WARM_UP + ROUNDS):
-            started = time.perf_counter()
-            executor.forward(np.array([position], np.int32), position)
-            times.append(time.perf_counter() - started)
-        seconds.append(statistics.median(times[WARM_UP:]))
+        seconds.append(_token_s(executor))
         del executor
-    if len(counts) == 1:  # a model of one layer, or no room for two: by their bytes
-        share = layers * counts[0] / whole.n_layers
-        layer_s = seconds[0] * share / (share + head) / counts[0]
-    else:
-        layer_s = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
+    share = layers * counts[-1] / whole.n_layers
+    layer_s = seconds[-1] * share / (share + head) / counts[-1]  # by bytes
+    if len(counts) > 1:  # else a model of one layer, or no room for two
+        measured_s = (seconds[-1] - seconds[0]) / (counts[-1] - counts[0])
+        # A difference of two disturbed times may be anything; bytes tell what it can be.
+        layer_s = min(max(measured_s, layer_s / 2), seconds[-1] / counts[-1])
     rest_s = max(0.0, seconds[-1] - counts[-1] * layer_s)
     return Pace(layer_s * whole.n_layers, rest_s)
+
+
+def _token_s(executor: Executor) -> float:
+    """The median of tokens one after the other."""
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < MOST_ROUNDS and (
+        len(times) < LEAST_ROUNDS or time.perf_counter() - begun < ENOUGH_S
+    ):
+        position = len(times)
+        started = time.perf_counter()
+        executor.forward(np.array([position], np.int32), position)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP:])
 
 
 def _stored(packed: Recorded, name: str) -> int:

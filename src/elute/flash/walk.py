@@ -19,8 +19,9 @@ PASSES = 4  # forwards until every one takes as long as the one before it
 class Disk:
     """How reads take their time, as weights are read.
 
-    A request is there latency_s + its bytes / request_bytes_s after it was sent; all together give
-    no more than bytes_s; and no more than `depth` of them are under way. In a small window few are.
+    A request is there latency_s + its bytes / request_bytes_s after it was sent; each keeps those
+    behind it up for request_s + its bytes / bytes_s; and no more than `depth` are under way. In a
+    small window few are, and small ones.
     """
 
     bytes_s: float
@@ -28,6 +29,12 @@ class Disk:
     request_bytes_s: float
     request_bytes: int
     depth: int
+    request_s: float = 0.0
+
+    @property
+    def sequential_bytes_s(self) -> float:
+        """The most that it gives, in requests of full size."""
+        return self.request_bytes / (self.request_s + self.request_bytes / self.bytes_s)
 
 
 @dataclass(frozen=True)
@@ -98,7 +105,7 @@ class _Reads:
             if len(self._under_way) == disk.depth:
                 self._sent = max(self._sent, self._under_way[0])
             alone = self._sent + disk.latency_s + size / disk.request_bytes_s
-            self._passed = max(self._passed, self._sent) + size / disk.bytes_s
+            self._passed = max(self._passed, self._sent) + disk.request_s + size / disk.bytes_s
             done = max(alone, self._passed)
             self._under_way.append(done)
             self._there = max(self._there, done)
