@@ -18,6 +18,8 @@ namespace {
 using Clock = std::chrono::steady_clock;
 constexpr int64_t kEverything = INT64_MAX;
 
+int64_t now_ns() { return std::chrono::nanoseconds(Clock::now().time_since_epoch()).count(); }
+
 bool overlap(const WeightStream::Piece& a, const WeightStream::Piece& b) {
   return a.at < b.at + b.n_bytes && b.at < a.at + a.n_bytes;
 }
@@ -72,6 +74,7 @@ void WeightStream::read_ahead() {
     int64_t sequence;
     int requests;  // that are not done
     bool complete;  // all were submitted
+    int64_t started_ns;
   };
   std::deque<Reading> reading;  // in order; the first is loaded_
   std::vector<Request> requests(reader_->depth());
@@ -84,7 +87,7 @@ void WeightStream::read_ahead() {
     while (in_flight < reader_->depth() && !failed_ && !stop_) {
       if (at == 0 && !may_read(next)) break;
       const Piece& piece = pieces_[next % n_pieces()];
-      if (at == 0) reading.push_back({next, 0, false});
+      if (at == 0) reading.push_back({next, 0, false, now_ns()});
       const int64_t n_bytes = std::min(request_bytes_, piece.n_bytes - at);
       const int slot = free.back();
       free.pop_back();
@@ -119,6 +122,7 @@ void WeightStream::read_ahead() {
     while (!reading.empty() && reading.front().complete && reading.front().requests == 0 && !failed_) {
       const Piece& piece = pieces_[reading.front().sequence % n_pieces()];
       files_[piece.file].forget(piece.offset, piece.n_bytes);
+      note(EventKind::kRead, reading.front().sequence, reading.front().started_ns, now_ns());
       reading.pop_front();
       loaded_.fetch_add(1, std::memory_order_release);
       loaded_.notify_all();
@@ -161,12 +165,14 @@ void WeightStream::wait(int64_t pass, int end) {
   const int64_t wanted = pass * n_pieces() + end;
   int64_t seen = loaded_.load(std::memory_order_acquire);
   if (seen >= wanted) return;
-  const Clock::time_point started = Clock::now();
+  const int64_t started = now_ns();
   while (seen < wanted) {
     loaded_.wait(seen, std::memory_order_acquire);
     seen = loaded_.load(std::memory_order_acquire);
   }
-  waited_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - started).count(), std::memory_order_relaxed);
+  const int64_t ended = now_ns();
+  waited_ns_.fetch_add(ended - started, std::memory_order_relaxed);
+  note(EventKind::kWait, wanted - 1, started, ended);
 }
 
 void WeightStream::release(int64_t pass, int end) {
@@ -174,7 +180,48 @@ void WeightStream::release(int64_t pass, int end) {
   int64_t seen = released_.load(std::memory_order_relaxed);
   while (seen < mine && !released_.compare_exchange_weak(seen, mine, std::memory_order_release, std::memory_order_relaxed)) {
   }
-  if (seen < mine) released_.notify_all();
+  if (seen >= mine) return;
+  released_.notify_all();
+  const int64_t now = now_ns();
+  note(EventKind::kRelease, mine - 1, now, now);
+}
+
+void WeightStream::note(EventKind kind, int64_t sequence, int64_t start_ns, int64_t end_ns) {
+  const int64_t number = noted_.fetch_add(1, std::memory_order_relaxed);
+  Slot& slot = slots_[number % kEvents];
+  slot.number.store(0, std::memory_order_relaxed);
+  std::atomic_thread_fence(std::memory_order_release);
+  slot.kind.store(static_cast<int64_t>(kind), std::memory_order_relaxed);
+  slot.sequence.store(sequence, std::memory_order_relaxed);
+  slot.start_ns.store(start_ns, std::memory_order_relaxed);
+  slot.end_ns.store(end_ns, std::memory_order_relaxed);
+  slot.number.store(number + 1, std::memory_order_release);
+}
+
+std::vector<WeightStream::Event> WeightStream::events() const {
+  std::vector<Event> found;
+  const int64_t end = noted_.load(std::memory_order_acquire);
+  for (int64_t number = std::max<int64_t>(0, end - kEvents); number < end; ++number) {
+    const Slot& slot = slots_[number % kEvents];
+    if (slot.number.load(std::memory_order_acquire) != number + 1) continue;
+    const Event event{static_cast<EventKind>(slot.kind.load(std::memory_order_relaxed)),
+                      slot.sequence.load(std::memory_order_relaxed), slot.start_ns.load(std::memory_order_relaxed),
+                      slot.end_ns.load(std::memory_order_relaxed)};
+    std::atomic_thread_fence(std::memory_order_acquire);
+    if (slot.number.load(std::memory_order_relaxed) == number + 1) found.push_back(event);
+  }
+  return found;
+}
+
+double WeightStream::read_through(int64_t first_pass, int passes) {
+  const int64_t started = now_ns();
+  for (int64_t pass = first_pass; pass < first_pass + passes; ++pass) {
+    for (int end = 1; end <= n_pieces(); ++end) {
+      wait(pass, end);
+      release(pass, end);
+    }
+  }
+  return double(now_ns() - started) / 1e9 / passes;
 }
 
 std::string WeightStream::failure() const { return failed_.load(std::memory_order_acquire) ? failure_ : std::string(); }

@@ -21,6 +21,13 @@ class WeightStream {
     int file;
     int64_t offset, n_bytes, at;  // multiples of kFlashAlignment
   };
+  // What happened, for who draws it; times of std::chrono::steady_clock.
+  enum class EventKind : int64_t { kRead, kWait, kRelease };
+  struct Event {
+    EventKind kind;
+    int64_t sequence;  // pass * n_pieces + piece: the piece that was read, or the last one that was waited for or released
+    int64_t start_ns, end_ns;  // of a read: submitted, done; of a release: the same
+  };
   struct Figures {
     int64_t read_bytes = 0;
     double waited_s = 0;  // of the first thread, for pieces that were not there yet
@@ -51,10 +58,20 @@ class WeightStream {
   // Empty, or why pieces cannot be read; from then on what wait() returned to is not to be used.
   std::string failure() const;
   Figures figures() const;
+  // The last kEvents events, oldest first. What is being written at that moment is left out.
+  std::vector<Event> events() const;
+  // Takes the pieces in turn without any work on them, and returns the seconds of a pass: what reading alone takes.
+  double read_through(int64_t first_pass, int passes);
   std::string_view reader() const { return reader_->name(); }
   bool direct() const;
 
  private:
+  static constexpr int64_t kEvents = 8192;  // some ten tokens of a 7B model; 320 KB
+  // Fields of an event, and last its number + 1, which a writer clears first: a reader sees whole events or none.
+  struct Slot {
+    std::atomic<int64_t> kind{0}, sequence{0}, start_ns{0}, end_ns{0}, number{0};
+  };
+  void note(EventKind kind, int64_t sequence, int64_t start_ns, int64_t end_ns);
   void run();
   void read_ahead();
   bool may_read(int64_t sequence) const;
@@ -82,6 +99,8 @@ class WeightStream {
   std::atomic<bool> stop_{false}, failed_{false};
   std::string failure_;  // written before failed_
   std::atomic<int64_t> read_bytes_{0}, waited_ns_{0};
+  std::unique_ptr<Slot[]> slots_{new Slot[kEvents]};
+  std::atomic<int64_t> noted_{0};
   std::thread thread_;  // last
 };
 

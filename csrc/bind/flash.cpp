@@ -156,6 +156,22 @@ void bind_flash(nb::module_& m) {
              return std::make_pair(f.read_bytes, f.waited_s);
            },
            "(bytes read so far, seconds that threads waited for them)")
+      .def("events",
+           [](const WeightStream& s) {
+             auto* events = new std::vector<WeightStream::Event>(s.events());
+             static_assert(sizeof(WeightStream::Event) == 4 * sizeof(int64_t));
+             nb::capsule owner(events, [](void* p) noexcept { delete static_cast<std::vector<WeightStream::Event>*>(p); });
+             return nb::ndarray<nb::numpy, int64_t, nb::ndim<2>>(events->data(), {events->size(), 4}, owner);
+           },
+           "i64 [n, 4]: kind (0 read, 1 wait, 2 release), pass * pieces + piece, start and end in ns of CLOCK_MONOTONIC")
+      .def("read_through",
+           [](WeightStream& s, int64_t first_pass, int passes) {
+             if (first_pass < 0 || passes < 1) throw std::invalid_argument("read_through: wanted passes from 0 on, 1 or more");
+             nb::gil_scoped_release release;
+             return s.read_through(first_pass, passes);
+           },
+           nb::arg("first_pass"), nb::arg("passes"),
+           "Takes pieces in turn without work on them; seconds a pass. For passes that no executor takes.")
       .def("load",
            [](WeightStream& s) {
              nb::gil_scoped_release release;

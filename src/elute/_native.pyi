@@ -6,6 +6,7 @@ import numpy.typing as npt
 _F32 = npt.NDArray[np.float32]
 _F16 = npt.NDArray[np.float16]
 _I32 = npt.NDArray[np.int32]
+_I64 = npt.NDArray[np.int64]
 _U8 = npt.NDArray[np.uint8]
 _U32 = npt.NDArray[np.uint32]
 
@@ -136,6 +137,8 @@ class WeightStream:
     @property
     def failure(self) -> str: ...
     def figures(self) -> tuple[int, float]: ...
+    def events(self) -> _I64: ...
+    def read_through(self, first_pass: int, passes: int) -> float: ...
     def load(self) -> None: ...
 
 def open_stream(

@@ -33,6 +33,8 @@ __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
 
 log = logging.getLogger(__name__)
 
+LIMITED_LOGITS = 2 << 20  # of a step of `score` under a budget: what the process's growth covers
+
 Message = Mapping[str, Any]  # {"role": "user", "content": "..."}, as chat templates take them
 
 
@@ -273,6 +275,7 @@ class Model:
         if self._engine is not None:
             self._engine.session.reset()  # ends a stream that is still open
             self._engine = None
+            self.flash = None
             self._close()
 
     def __enter__(self) -> Self:
@@ -325,6 +328,7 @@ def load(
     memory: str | int | None = None,
     sparsity: float = 0.0,
     checked: bool = False,
+    score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
 ) -> Model:
     """A model that is ready to answer; the first time it is fetched and packed into the cache.
@@ -343,8 +347,9 @@ def load(
               None. Hub repositories stay in the hub's own cache
     memory    all that the process may hold, such as "1.5G": weights that do not fit are read from
               flash for every forward, with the same answers. Without a context it is then at most
-              4096 tokens. Packing a model that is not packed yet does not count, nor what `score`
-              keeps, the logits of every token
+              4096 tokens. Packing a model that is not packed yet does not count
+    score_bytes of memory, what the logits of one step of `score` may take; more steps read weights
+              from flash more often. When None, 2 MB
     sparsity  the share of the weights to leave out, 0 to 0.9: for each token, of the prompt too,
               those that matter least to it. Answers change and get worse. The first use calibrates
               the model, which is kept with it
@@ -362,6 +367,7 @@ def load(
     from elute.formats.tokenizer import Tokenizer as FileTokenizer
     from elute.model.families import op_list
     from elute.runtime import calibration
+    from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.store import open_packed
 
@@ -398,7 +404,18 @@ def load(
     sums = packed.page_sums() if checked else None
     if memory is not None:
         weights, context, kernels = _fitted(
-            packed, ops, memory, context, cache_type, threads, isa, kernel, folder, sums, sparsity
+            packed,
+            ops,
+            memory,
+            context,
+            cache_type,
+            threads,
+            isa,
+            kernel,
+            folder,
+            score_bytes,
+            sums,
+            sparsity,
         )
     elif sums is not None:
         sums.check(packed.path, progress=_stage(progress, "check"))
@@ -412,6 +429,7 @@ def load(
         cache_type=cache_type,
         cache_dir=folder,
         kernels=kernels,
+        logits_bytes=UNLIMITED_LOGITS if memory is None else score_bytes or LIMITED_LOGITS,
     )
     if sparsity and scores is None:
         log.log(NOTE, "sparsity: measuring the model on a text of elute's own, once")
@@ -512,6 +530,7 @@ def _fitted(
     isa: str | None,
     kernel: str,
     folder: Path | None,
+    score_bytes: int | None,
     sums: PageSums | None,
     sparsity: float,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
@@ -538,6 +557,7 @@ def _fitted(
         cache_type=cache_type,
         chunk=executor.CHUNK,
         n_threads=default_threads() if threads is None else threads,
+        logits=score_bytes or 0,
     )
     plan = found.plan
     if plan.places and sparsity:

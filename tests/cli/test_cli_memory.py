@@ -1,15 +1,19 @@
 """`elute run --memory` and `elute plan`, each a process of its own on a model of random weights."""
 
 import json
+import os
 import re
 import subprocess
 import sys
 
 import pytest
+from hub_server import serving
+from tiny_folder import save_tiny_folder
 
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
+from elute.flash.page_cache import cached_bytes, forget
 
 CONFIG = {
     **CONFIGS["llama-3.2-1b"],
@@ -29,9 +33,9 @@ def model(tmp_path_factory):
     return str(folder)
 
 
-def elute(*arguments):
+def elute(*arguments, **more):
     command = [sys.executable, "-m", "elute", *arguments]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120)
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, **more)
 
 
 @pytest.fixture(scope="module")
@@ -79,6 +83,28 @@ def test_run_keeps_its_budget_and_its_answer(model, least):
     assert told["flash"]["missed_bytes"] > 0
     assert told["flash"]["read_bytes"] >= 8 * told["flash"]["missed_bytes"]
     assert "flash" not in free
+    assert "predicted" not in free
+    measured, predicted = told["measured"], told["predicted"]
+    assert measured["read_bytes_per_token"] == pytest.approx(told["flash"]["missed_bytes"], rel=0.3)
+    assert predicted["read_bytes_per_token"] == told["flash"]["missed_bytes"]
+    assert measured["resident_bytes"] <= predicted["resident_bytes"] <= budget
+    assert predicted["page_cache_bytes"] == 0
+    assert measured["page_cache_bytes"] <= 1 << 20  # headers of the files; no weights
+    assert measured["tok_s"] > 0
+    assert predicted["tok_s"] > 0
+    assert measured["waited_s_per_token"] >= 0
+
+
+def test_a_run_ends_with_predicted_beside_measured(model, least):
+    common = ["--memory", f"{least + 8}M", "--context", "256", "--temperature", "0"]
+    done = elute("run", model, "eta", "--raw", "--max-tokens", "8", *common)
+    assert done.returncode == 0, done.stderr
+    *_, predicted, measured = done.stderr.splitlines()
+    figures = (
+        r"[\d.]+ tok/s · [\d.]+ MB of flash a token · [\d.]+ ms wait a token · resident \d+ MB"
+    )
+    assert re.fullmatch(rf"predicted {figures} · page cache 0\.0 MB", predicted)
+    assert re.fullmatch(rf"measured  {figures} · page cache \d\.\d MB", measured)
 
 
 @pytest.mark.parametrize("size", ["much", "-5", "1Q"])
@@ -88,3 +114,69 @@ def test_a_size_that_is_none_is_one_sentence(model, size):
     assert done.stderr == (
         f"error: memory: found '{size}', wanted a size such as 1.5G, 800M or 2GiB\n"
     )
+
+
+def test_page_cache_of_files_is_seen_and_given_back(tmp_path):
+    file = tmp_path / "file"
+    file.write_bytes(bytes(300_000))
+    with file.open("rb") as opened:
+        os.fsync(opened.fileno())
+        opened.read()
+    held = cached_bytes([file])
+    if held is None:
+        pytest.skip("this system does not tell what it caches")
+    assert held == 303_104  # whole pages
+    forget([file])
+    assert cached_bytes([file]) in (0, held)  # a file system in memory keeps its pages
+
+
+def test_eval_keeps_its_budget_and_its_perplexity(model, least, tmp_path):
+    text = tmp_path / "text"
+    text.write_text("eta nine tone " * 400)
+    common = ["eval", model, "--text", str(text), "--context", "256", "--json", "-q"]
+    free = json.loads(elute(*common).stdout)
+    done = elute(*common, "--memory", f"{least + 16}M")
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told.pop("peak_memory_bytes") <= 1_000_000 * (least + 16)
+    assert told == free
+    refused = elute(*common, "--memory", "1G", "--against", model)
+    assert refused.returncode == 2
+    assert "--memory is for one model" in refused.stderr
+
+
+def test_a_plan_of_a_repository_fetches_headers_and_packs_nothing(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    proxies = ("HTTP_PROXY", "http_proxy", "ALL_PROXY", "all_proxy", "HF_TOKEN")
+    environment = {name: value for name, value in os.environ.items() if name not in proxies}
+    environment |= {"ELUTE_HOME": str(tmp_path / "home"), "HF_HOME": str(tmp_path / "hub")}
+    with serving() as hub:
+        hub.files = {file.name: file.read_bytes() for file in folder.iterdir()}
+        environment["HF_ENDPOINT"] = hub.url
+        rest = ("--context", "64", "--bits", "2", "--flash", "1", "--json", "-q")
+        command = ["plan", "owner/repo", "--memory", "1G", *rest]
+        done = elute(*command, env=environment)
+        assert done.returncode == 0, done.stderr
+        assert hub.sent_bytes <= 80_000
+        unknown = elute("plan", "owner/other", "--memory", "1G", env=environment)
+    told = json.loads(done.stdout)
+    assert not told["packed"]
+    assert not list((tmp_path / "home").glob("packed/*"))
+    assert (unknown.returncode, unknown.stdout) == (1, "")
+    assert unknown.stderr.startswith("error: owner/other: the hub has no such repository")
+    local = elute("plan", str(folder), *command[2:], env=environment)
+    assert json.loads(local.stdout)["model_bytes"] == told["model_bytes"]
+    small = elute("plan", str(folder), "--memory", "1M", *rest, env=environment)
+    assert small.returncode == 2
+    assert re.match(r"error: memory: found 1 MB, wanted at least \d+ ", small.stderr)
+
+
+def test_a_chat_ends_with_predicted_beside_measured(tmp_path):
+    folder = save_tiny_folder(tmp_path / "model")
+    environment = {**os.environ, "ELUTE_HOME": str(tmp_path / "home")}
+    options = ("--memory", "400M", "--max-tokens", "8", "--temperature", "0")
+    done = elute("chat", str(folder), *options, input="the cat\nthe dog\n", env=environment)
+    assert done.returncode == 0, done.stderr
+    *_, predicted, measured = done.stderr.splitlines()
+    assert predicted.startswith("predicted ")
+    assert measured.startswith("measured ")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,10 +19,9 @@ from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
 from elute.errors import DeviceError
-from elute.flash import disk
-from elute.flash.plan import Plan, Use
-from elute.flash.walk import walk
-from elute.flash.weights import Recorded, uses
+from elute.flash.plan import BLOCK, Plan, Use
+from elute.flash.walk import Disk, walk
+from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
@@ -30,11 +30,17 @@ from elute.model.ops import Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.threads import default_threads
+from elute.types import U8
 
 if TYPE_CHECKING:
+    from elute._native import WeightStream
     from elute.pack.foresee import Foreseen
 
-PROBE_BYTES = 64 << 20  # of a file that is written to learn a disk's rate
+PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
+PROBES = 3
+LATENCY_BYTES = 64 << 10  # a read that takes latency rather than bytes
+LATENCY_READS = 48
+USUAL_LATENCY_S = 100e-6  # of an NVMe disk and two threads that wake each other
 # What reading a tokenizer adds to a process: 5.6 MB for 512 tokens, 16 for 49k, 42 for 128k.
 TOKENIZER_BYTES, TOKENIZER_BYTES_A_TOKEN = 6_000_000, 300
 
@@ -47,7 +53,6 @@ class Prediction:
     read_bytes: int
     waited_s: float
     resident_bytes: int
-    flash_gb_s: float
 
     def to_json(self) -> dict[str, Any]:
         return {
@@ -59,7 +64,7 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, order: list[Use], pace: Pace, flash_gb_s: float) -> Prediction:
+def predict(plan: Plan, order: list[Use], pace: Pace, flash: Disk) -> Prediction:
     """The one forecast of `elute plan` and of a run's last lines.
 
     order  uses() of the model; the pace of layers is shared among them by their bytes
@@ -70,9 +75,9 @@ def predict(plan: Plan, order: list[Use], pace: Pace, flash_gb_s: float) -> Pred
         order,
         use_s=[pace.layers_s * use.total / total for use in order],
         rest_s=pace.rest_s,
-        flash_bytes_s=flash_gb_s * 1e9,
+        disk=flash,
     )
-    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total, flash_gb_s)
+    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total)
 
 
 def predict_run(
@@ -98,8 +103,8 @@ def predict_run(
         kernels=kernels,
     )
     _native.return_freed_memory()
-    rate = flash_rate(packed) if plan.missed else 1.0
-    return predict(plan, uses(op_list(packed.config), packed), pace, rate)
+    flash = flash_speed(packed, most=room) if plan.missed else usual_disk(1e9)
+    return predict(plan, uses(op_list(packed.config), packed), pace, flash)
 
 
 @dataclass(frozen=True)
@@ -112,6 +117,7 @@ class Forecast:
     context: int
     touched: int
     flash_gb_s: float
+    flash_latency_s: float
     dram_gb_s: float
     model_bytes: int
     bits_per_weight: float
@@ -146,6 +152,7 @@ class Forecast:
             "touched_bytes": self.touched,
             "context": self.context,
             "flash_gb_s": round(self.flash_gb_s, 3),
+            "flash_latency_s": round(self.flash_latency_s, 6),
             "dram_gb_s": round(self.dram_gb_s, 2),
             "tok_s": round(self.prediction.tok_s, 3),
             "waited_s_per_token": round(self.prediction.waited_s, 5),
@@ -199,19 +206,21 @@ def forecast(
         chunk=executor.CHUNK,
         n_threads=n_threads,
     )
-    if flash_gb_s is None:
-        if isinstance(packed, PackedModel):
-            flash_gb_s = flash_rate(packed)
-        else:
-            flash_gb_s = folder_rate(cache_dir)
+    if flash_gb_s is not None:
+        flash = usual_disk(1e9 * flash_gb_s)
+    elif isinstance(packed, PackedModel):
+        flash = flash_speed(packed)
+    else:
+        flash = folder_speed(cache_dir)
     ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
     pace = measured_pace(packed, packed.config, n_threads=n_threads, cache_type=cache_type)
     return Forecast(
         found.plan,
-        predict(found.plan, uses(ops, packed), pace, flash_gb_s),
+        predict(found.plan, uses(ops, packed), pace, flash),
         found.context,
         touched_bytes(ops, packed),
-        flash_gb_s,
+        flash.sequential_bytes_s / 1e9,
+        flash.latency_s,
         ceilings.read_gb_s,
         packed.nbytes,
         packed.bits_per_weight,
@@ -232,30 +241,94 @@ def touched_bytes(ops: OpList, packed: Recorded) -> int:
     )
 
 
-def flash_rate(packed: PackedModel) -> float:
-    """GB/s of sequential reads past the page cache, as weights are read."""
-    return disk.measured(packed.largest_shard).sequential_bytes_s / 1e9
+def flash_speed(packed: PackedModel, *, most: int = PROBE_BYTES) -> Disk:
+    """Measured on the model's largest file. most: bytes that reading may hold."""
+    path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
+    return file_speed(path, packed.files[path.name].size, most=most)
 
 
-def folder_rate(cache_dir: Path | None) -> float:
+def folder_speed(cache_dir: Path | None) -> Disk:
     """The same of the disk that a model is packed to, by a file that is written for it."""
     from elute.formats import sources
 
     folder = cache_dir or sources.cache_dir()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        found = disk.known(folder)
-        if found is not None:
-            return found.sequential_bytes_s / 1e9
         with tempfile.NamedTemporaryFile(prefix=".rate-", dir=folder) as file:
             block = os.urandom(1 << 20)
             for _ in range(PROBE_BYTES >> 20):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return disk.measured(Path(file.name)).sequential_bytes_s / 1e9
+            return file_speed(Path(file.name), PROBE_BYTES)
     except OSError as error:
         raise DeviceError(
             f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); give "
             "it with --flash, or set ELUTE_HOME"
         ) from None
+
+
+def file_speed(path: Path, size: int, *, most: int = PROBE_BYTES) -> Disk:
+    """Past the page cache, the median of a few. Raises DeviceError when the file cannot be read."""
+    blocks = size // BLOCK
+    probe = min(PROBE_BYTES, blocks * BLOCK, most // BLOCK * BLOCK)
+    memory = pages(probe)
+    rates = []
+    for i in range(PROBES):
+        offset = (blocks * BLOCK - probe) * i // max(1, PROBES - 1) // BLOCK * BLOCK
+        stream = _opened(path, [(0, offset, probe, 0)], memory)
+        started = time.perf_counter()
+        stream.load()
+        rates.append(probe / (time.perf_counter() - started) / 1e9)
+        _check(stream)
+    rate = sorted(rates)[PROBES // 2]
+    small, large = min(LATENCY_BYTES, probe), min(REQUEST_BYTES, probe)
+    small_s, large_s = (_one_by_one(path, blocks, size, memory) for size in (small, large))
+    request_rate = (large - small) / (large_s - small_s) if large_s > small_s else 1e9 * rate
+    latency_s = max(0.0, small_s - small / request_rate)
+    together_s = _together(path, blocks, small, memory)
+    many_s = large / (1e9 * rate)  # of a large one among many
+    if large > small and many_s > together_s:
+        bytes_s = (large - small) / (many_s - together_s)
+        request_s = max(0.0, many_s - large / bytes_s)
+    else:
+        bytes_s, request_s = 1e9 * rate, 0.0
+    return Disk(bytes_s, latency_s, request_rate, REQUEST_BYTES, DEPTH, request_s)
+
+
+def usual_disk(bytes_s: float) -> Disk:
+    """One whose rate alone is known."""
+    return Disk(bytes_s, USUAL_LATENCY_S, bytes_s, REQUEST_BYTES, DEPTH)
+
+
+def _one_by_one(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
+    """Seconds of a read that is asked for when the one before it has been used."""
+    span = max(1, blocks - n_bytes // BLOCK)
+    offsets = [span * i // LATENCY_READS * BLOCK for i in range(LATENCY_READS)]
+    stream = _opened(path, [(0, offset, n_bytes, 0) for offset in offsets], memory)
+    turns = [stream.read_through(i, 1) / LATENCY_READS for i in range(PROBES)]
+    _check(stream)
+    return sorted(turns)[PROBES // 2]
+
+
+def _together(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
+    """Seconds of a read among many that are under way."""
+    count = max(1, min(LATENCY_READS, memory.size // n_bytes))
+    span = max(1, blocks - n_bytes // BLOCK)
+    pieces = [(0, span * i // count * BLOCK, n_bytes, i * n_bytes) for i in range(count)]
+    stream = _opened(path, pieces, memory)
+    turns = [stream.read_through(4 * i, 4) / count for i in range(PROBES)]
+    _check(stream)
+    return sorted(turns)[PROBES // 2]
+
+
+def _opened(path: Path, pieces: list[tuple[int, int, int, int]], memory: U8) -> WeightStream:
+    try:
+        return _native.open_stream([str(path)], pieces, memory, "auto", DEPTH, REQUEST_BYTES, True)
+    except RuntimeError as error:
+        raise DeviceError(f"flash: {error}; check the model's files") from None
+
+
+def _check(stream: WeightStream) -> None:
+    if stream.failure:
+        raise DeviceError(stream.failure)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import platform
 import re
 import subprocess
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -62,6 +63,24 @@ def available_bytes() -> int:
     if limit is None:
         return available
     return max(0, min(available, limit - int(psutil.Process().memory_info().rss)))
+
+
+def peak_memory_bytes() -> int:
+    """Largest resident size of this program so far."""
+    try:
+        # getrusage would also count what the parent held when it started this program.
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.split("VmHWM:")[1].split()[0])
+    except (OSError, IndexError):
+        pass  # not Linux
+    try:
+        import resource
+    except ImportError:  # Windows has no such module; psutil knows its peak
+        import psutil
+
+        return int(psutil.Process().memory_info().peak_wset)
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 @cache

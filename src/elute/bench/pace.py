@@ -27,8 +27,9 @@ from elute.types import Affine
 
 ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
 CONTEXT = 64
-ROUNDS = 9
-WARM_UP = 2
+ENOUGH_S = 0.4  # other programs come and go; a median of less would be of one moment
+LEAST_ROUNDS, MOST_ROUNDS = 9, CONTEXT - 3
+WARM_UP = 3
 
 
 @dataclass(frozen=True)
@@ -64,8 +65,9 @@ def measured_pace(
     counts = sorted({max(1, n_layers // 2), n_layers})
     lists = [op_list(_cut(config, n, whole.n_layers)) for n in counts]
     weights = RandomWeights(lists[-1], _recipe(lists[-1], packed))
-    executors = [
-        Executor(
+    seconds = []
+    for ops in lists:  # one after the other: threads of the one that waits would take processors
+        executor = Executor(
             ops,
             weights,
             context=CONTEXT,
@@ -73,22 +75,30 @@ def measured_pace(
             cache_type=cache_type,
             kernels=kernels,
         )
-        for ops in lists
-    ]
-    times: list[list[float]] = [[] for _ in executors]
-    for position in range(WARM_UP + ROUNDS):
-        for of, executor in zip(times, executors, strict=True):
-            started = time.perf_counter()
-            executor.forward(np.array([position], np.int32), position)
-            of.append(time.perf_counter() - started)
-    seconds = [statistics.median(of[WARM_UP:]) for of in times]
-    if len(counts) == 1:  # a model of one layer, or no room for two: by their bytes
-        share = layers * counts[0] / whole.n_layers
-        layer_s = seconds[0] * share / (share + head) / counts[0]
-    else:
-        layer_s = max(0.0, seconds[1] - seconds[0]) / (counts[1] - counts[0])
+        seconds.append(_token_s(executor))
+        del executor
+    share = layers * counts[-1] / whole.n_layers
+    layer_s = seconds[-1] * share / (share + head) / counts[-1]  # by bytes
+    if len(counts) > 1:  # else a model of one layer, or no room for two
+        measured_s = (seconds[-1] - seconds[0]) / (counts[-1] - counts[0])
+        # A difference of two disturbed times may be anything; bytes tell what it can be.
+        layer_s = min(max(measured_s, layer_s / 2), seconds[-1] / counts[-1])
     rest_s = max(0.0, seconds[-1] - counts[-1] * layer_s)
     return Pace(layer_s * whole.n_layers, rest_s)
+
+
+def _token_s(executor: Executor) -> float:
+    """The median of tokens one after the other."""
+    times: list[float] = []
+    begun = time.perf_counter()
+    while len(times) < MOST_ROUNDS and (
+        len(times) < LEAST_ROUNDS or time.perf_counter() - begun < ENOUGH_S
+    ):
+        position = len(times)
+        started = time.perf_counter()
+        executor.forward(np.array([position], np.int32), position)
+        times.append(time.perf_counter() - started)
+    return statistics.median(times[WARM_UP:])
 
 
 def _stored(packed: Recorded, name: str) -> int:

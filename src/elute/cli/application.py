@@ -59,7 +59,7 @@ class VerbGroup(click.Group):
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in self._verbs:
             return None
-        command = importlib.import_module(f"{self._modules}{cmd_name}").command
+        command = importlib.import_module(self._modules + cmd_name.replace("-", "_")).command
         assert isinstance(command, click.Command)
         return command
 

@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elute.cli import EXIT_ERROR, EXIT_INTERRUPTED, options
-from elute.cli.run import answer
+from elute.cli.run import answer, note_report
 
 if TYPE_CHECKING:
     from elute.api import Model
+    from elute.cli.memory_report import MemoryReport
     from elute.cli.screen import Screen
 
 HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
@@ -33,6 +34,7 @@ def command(model: str, **given: Any) -> int:
     are read from stdin; without a terminal there is no prompt. What you type is kept for the arrow
     keys and not saved.
     """
+    from elute.cli.memory_report import MemoryReport
     from elute.cli.screen import Screen
 
     with (
@@ -50,10 +52,15 @@ def command(model: str, **given: Any) -> int:
                 import readline  # noqa: F401  # gives input() its arrow keys and history
 
             screen.note(f"{loaded.name}, context {loaded.context}. {HELP}.")
-        return _converse(loaded, given, screen)
+        report = None if loaded.flash is None else MemoryReport(loaded)
+        code = _converse(loaded, given, screen, report)
+        note_report(loaded, report, screen)
+        return code
 
 
-def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
+def _converse(
+    model: Model, given: dict[str, Any], screen: Screen, report: MemoryReport | None
+) -> int:
     from elute.errors import BudgetError, EluteError
 
     start = [] if given["system"] is None else [{"role": "system", "content": given["system"]}]
@@ -86,7 +93,7 @@ def _converse(model: Model, given: dict[str, Any], screen: Screen) -> int:
         elif text:
             asked = [*messages, {"role": "user", "content": line}]
             try:
-                done = answer(model, asked, given, screen=screen, show=True)
+                done = answer(model, asked, given, screen=screen, show=True, report=report)
             except EluteError as error:
                 # The conversation as it was is still good; only this message is left out.
                 hint = " (/reset starts over)" if isinstance(error, BudgetError) else ""

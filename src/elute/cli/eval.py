@@ -13,6 +13,8 @@ if TYPE_CHECKING:
     from elute.cli.screen import Screen
     from elute.runtime.session import Executor
 
+LOGITS_SHARE = 16  # of a budget, that the logits of one step may take; there are two at a time
+
 
 @click.command("eval")
 @click.argument("model", default="default")
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 )
 @click.option("--against", metavar="BASE", help="Also D(BASE || MODEL), nats a token.")
 @options.load_options
+@options.memory
 @options.as_json
 @options.quiet
 def command(
@@ -46,12 +49,18 @@ def command(
     The text is cut into windows of --context tokens (512), each evaluated alone, the predictions of
     its second half scored. --reference runs the weights in float: of a packed folder, or with
     --bits or --recipe, the packed codes; otherwise what the source holds; its cache is float unless
-    --cache-type says otherwise. BASE has the cache that is the default, and no --sparsity.
+    --cache-type says otherwise. BASE has the cache that is the default, and no --sparsity. With
+    --memory the logits are counted too; it is for one model, so not with --reference or --against.
     """
+    from elute.bench.machine import peak_memory_bytes
     from elute.cli.screen import Screen, answer_json
     from elute.evaluate.kl import divergence
     from elute.evaluate.perplexity import perplexity, text_windows
 
+    if given["memory"] is not None and (reference or against is not None):
+        raise click.UsageError(
+            "--memory is for one model: found --reference or --against beside it"
+        )
     context = given["context"] or 512
     if reference and given["sparsity"]:
         raise click.UsageError("found --sparsity with --reference, which is dense; leave one out")
@@ -91,6 +100,8 @@ def command(
             "kl_max": round(distance.maximum, 6),
             "same_top": round(distance.same_top, 5),
         }
+    if given["memory"] is not None:
+        told["peak_memory_bytes"] = peak_memory_bytes()
     if as_json:
         answer_json(told)
         return
@@ -116,6 +127,8 @@ def _subject(
     """-> what runs, the tokens of the text, the token that every window begins with"""
     from elute.runtime.store import fetch, open_packed
 
+    if given.get("memory") is not None:
+        return _limited_subject(model, text_path, screen, context, given)
     if not reference:
         loaded = options.load_model(model, screen, {**given, "context": context})
         tokens, bos = loaded.text_tokens(options.read_text(text_path))
@@ -140,6 +153,30 @@ def _subject(
         tokens,
         bos,
     )
+
+
+def _limited_subject(
+    model: str, text_path: Path, screen: Screen, context: int, given: dict[str, Any]
+) -> tuple[Executor, list[int], int | None]:
+    """The text is cut before the model is loaded, so that what that takes is in the budget."""
+    from elute import _native
+    from elute.api import text_tokens
+    from elute.formats.tokenizer import Tokenizer
+    from elute.runtime.memory import parse_size
+    from elute.runtime.session import LOGITS_BYTES
+    from elute.runtime.store import open_packed
+
+    packed = open_packed(model, bits=given["bits"], recipe=given["recipe"], progress=screen)
+    tokens, bos = text_tokens(
+        Tokenizer.from_files(packed.tokenizer_files()), options.read_text(text_path)
+    )
+    del packed
+    _native.return_freed_memory()
+    score_bytes = min(LOGITS_BYTES, parse_size(given["memory"]) // LOGITS_SHARE)
+    loaded = options.load_model(
+        model, screen, {**given, "context": context, "score_bytes": score_bytes}
+    )
+    return loaded.executor, tokens, bos
 
 
 def _check_same_tokens(tokens: list[int], base_tokens: list[int], against: str) -> None:

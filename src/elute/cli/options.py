@@ -125,7 +125,6 @@ load_options = _all(
     sparsity,
 )
 
-# Not of eval, which keeps the logits of every token.
 memory = click.option(
     "--memory",
     metavar="SIZE",
@@ -196,6 +195,7 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         memory=options.get("memory"),
         sparsity=options["sparsity"],
         checked=options.get("checked", False),
+        score_bytes=options.get("score_bytes"),
         progress=screen,
     )
 

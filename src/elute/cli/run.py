@@ -13,6 +13,8 @@ from elute.cli import EXIT_INTERRUPTED, options
 
 if TYPE_CHECKING:
     from elute.api import Model
+    from elute.cli.memory_report import MemoryReport
+    from elute.cli.screen import Screen
     from elute.runtime.engine import Chunk, Completion
 
 
@@ -38,7 +40,8 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
         elute run Qwen/Qwen3-0.6B --bits 3 "Why is the sky blue?"
         git diff | elute run default --system "Write a commit message." -
     """
-    from elute.cli.screen import Screen
+    from elute.cli.memory_report import MemoryReport
+    from elute.cli.screen import Screen, figures_line
 
     name, text = _split(model_and_prompt)
     if given["logprobs"] is not None and not given["as_json"]:
@@ -60,15 +63,14 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
                 prompt = [*before, {"role": "user", "content": text}]
             elif given["system"] is not None:
                 raise click.UsageError("--system needs a chat template, and this model has none")
-            done = answer(model, prompt, given, screen=screen, show=not given["as_json"])
+            report = None if model.flash is None else MemoryReport(model)
+            show = not given["as_json"]
+            done = answer(model, prompt, given, screen=screen, show=show, report=report)
             if given["as_json"]:
-                _print_json(model, done, load_s)
+                _print_json(model, done, load_s, report)
             else:
-                from elute.cli.screen import figures_line, flash_line
-
                 screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
-                if model.flash is not None and model.flash.plan.missed:
-                    screen.note(flash_line(model.flash))
+                note_report(model, report, screen)
     return EXIT_INTERRUPTED if done.finish_reason == "cancelled" else 0
 
 
@@ -103,8 +105,27 @@ def _read_stdin() -> str:
         ) from None
 
 
+def note_report(model: Model, report: MemoryReport | None, screen: Screen) -> None:
+    """What a run under a budget took beside what was to be expected; closes the model."""
+    from elute.cli.memory_report import report_lines
+    from elute.cli.screen import flash_line
+
+    if report is None or screen.quiet:
+        return
+    if model.flash is not None and model.flash.plan.missed:
+        screen.note(flash_line(model.flash))
+    for line in report_lines(*report.close()):
+        screen.note(line)
+
+
 def answer(
-    model: Model, prompt: Any, given: dict[str, Any], *, screen: Any, show: bool
+    model: Model,
+    prompt: Any,
+    given: dict[str, Any],
+    *,
+    screen: Screen,
+    show: bool,
+    report: MemoryReport | None = None,
 ) -> Completion:
     """Generates; Ctrl-C ends the answer. show: stream it to stdout, with a newline at its end.
 
@@ -114,6 +135,8 @@ def answer(
     from elute.runtime.engine import join
 
     chunks: list[Chunk] = []
+    if report is not None:
+        report.begin()
     with Interrupts() as interrupts:
         for chunk in model.stream(
             prompt,
@@ -124,6 +147,8 @@ def answer(
             **options.given_sampling(given),
         ):
             chunks.append(chunk)
+            if report is not None:
+                report.chunk(chunk)
             if show and chunk.text:
                 screen.clear()
                 sys.stdout.write(chunk.text)
@@ -140,7 +165,7 @@ def answer(
     return done
 
 
-def _print_json(model: Model, done: Completion, load_s: float) -> None:
+def _print_json(model: Model, done: Completion, load_s: float, report: MemoryReport | None) -> None:
     from elute.cli.screen import answer_json, figures_json, flash_json, seconds_since_start
 
     value: dict[str, Any] = {
@@ -169,4 +194,7 @@ def _print_json(model: Model, done: Completion, load_s: float) -> None:
             }
             for entry in done.logprobs
         ]
+    if report is not None:
+        prediction, measured = report.close()
+        value["predicted"], value["measured"] = prediction.to_json(), measured.to_json()
     answer_json(value)

@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING, Any, Self
 
 import click
 
+from elute.bench.machine import peak_memory_bytes
+
 if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
@@ -88,24 +90,6 @@ class Screen:
 
     def __exit__(self, *_: object) -> None:
         self.clear()
-
-
-def peak_memory_bytes() -> int:
-    """Largest resident size of this program so far."""
-    try:
-        # getrusage would also count what the parent held when it started this program.
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.split("VmHWM:")[1].split()[0])
-    except (OSError, IndexError):
-        pass  # not Linux
-    try:
-        import resource
-    except ImportError:  # Windows has no such module; psutil knows its peak
-        import psutil
-
-        return int(psutil.Process().memory_info().peak_wset)
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def seconds_since_start() -> float:

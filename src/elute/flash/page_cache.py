@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import mmap
 import os
@@ -38,6 +39,16 @@ def cached_bytes(paths: Iterable[Path]) -> int | None:
         except OSError:
             return None
     return found
+
+
+def forget(paths: Iterable[Path]) -> None:
+    """Gives back what the page cache keeps of the files, from packing them for instance; what other
+    processes have mapped stays. Where the system knows no such advice, nothing happens."""
+    if not hasattr(os, "posix_fadvise"):
+        return
+    for path in paths:
+        with contextlib.suppress(OSError), path.open("rb") as file:
+            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def _pages(mincore: ctypes._NamedFuncPointer, descriptor: int, first: int, span: int) -> int | None:

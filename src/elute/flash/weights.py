@@ -14,6 +14,7 @@ from elute import _native
 from elute.errors import NOTE, DeviceError
 from elute.flash import banks
 from elute.flash.banks import Predictor
+from elute.flash.page_cache import forget
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Part, Records
@@ -89,6 +90,7 @@ class FlashWeights:
                 "emptying it behind, which is slower",
                 packed.path,
             )
+        forget(packed.path / file for file in self._files)  # reads go past it
         self._stream: _native.WeightStream | None = None
 
     @property
@@ -195,6 +197,11 @@ class FlashWeights:
             found = self._banks.figures()
             return found["read_bytes"], found["waited_s"]
         return self._stream.figures() if self._stream is not None else (0, 0.0)
+
+    def events(self) -> npt.NDArray[np.int64]:
+        """What the stream did of late, i64 [n, 4]: see WeightStream.events in _native.pyi."""
+        nothing = np.zeros((0, 4), np.int64)
+        return self._stream.events() if self._stream is not None else nothing
 
     def _piece(self, name: str, part: Part, at: int) -> tuple[int, int, int, int]:
         whole_bank = part.suffix == ".channels"

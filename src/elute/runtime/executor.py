@@ -34,6 +34,7 @@ from elute.runtime.threads import default_threads
 from elute.types import F32, I32, I64, InBank, PackedMatrix, WeightSource
 
 CHUNK = 256  # tokens a native call: the panels of a matrix are dequantized once for all of them
+UNLIMITED_LOGITS = 1 << 62
 MAX_CONTEXT = 1 << 24  # the last position that is exact in f32, as rotary angles need it
 
 
@@ -45,6 +46,7 @@ class Executor:
     isa        one of isas(); the best when None
     kernel     a registry.Kernel: what multiplies the weights; none changes a bit
     cache_type a kv_cache.CacheType: how keys and values are rounded
+    logits_bytes  what callers should ask for at most in one forward with all logits
     kernels    what was chosen, by bit width; given, when the race would not fit beside the weights
     cache_dir  where the measurement behind that choice is kept; formats.sources.cache_dir() when
                None
@@ -67,7 +69,9 @@ class Executor:
         cache_type: str = kv_cache.CacheType.F16,
         cache_dir: Path | None = None,
         kernels: Mapping[int, registry.Choice] | None = None,
+        logits_bytes: int = UNLIMITED_LOGITS,
     ) -> None:
+        self.logits_bytes = logits_bytes
         self.isa = chosen_isa(isa)
         self.n_threads = default_threads() if n_threads is None else n_threads
         if not 1 <= self.n_threads <= 512:

@@ -11,6 +11,7 @@ from elute.errors import NOTE, BudgetError, ShapeError
 from elute.flash.plan import BankSize, Plan, Use, solve, solve_banks
 from elute.kernels import kv_cache
 from elute.model.ops import Attention, Experts, OpList
+from elute.runtime.sampler import SOFTMAX_ROWS
 
 if TYPE_CHECKING:
     from elute.flash.weights import Recorded
@@ -69,6 +70,13 @@ def _expert_rows(op: Experts, ops: OpList, chunk: int) -> int:
     return slots * (4 * (2 * op.width + hidden) + max(hidden, op.width) * 9)
 
 
+def scoring_bytes(ops: OpList, logits: int) -> int:
+    """Of scoring in steps of `logits` bytes: those of a step and of the one before, and
+    exponentials."""
+    row = 4 * ops.vocabulary
+    return 2 * max(logits, row) + 3 * SOFTMAX_ROWS * row
+
+
 @dataclass(frozen=True)
 class Fit:
     """A plan, and the context that it was made for."""
@@ -87,8 +95,10 @@ def fit(
     cache_type: str,
     chunk: int,
     n_threads: int,
+    logits: int = 0,
 ) -> Fit:
-    """Splits `budget`; `process` is what the process holds before the weights.
+    """Splits `budget`; `process` is what the process holds before the weights, `logits` what a step
+    of scoring may ask for.
 
     Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
     least budget that works.
@@ -114,6 +124,8 @@ def fit(
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
     banks = getattr(packed, "banks", {})
+    if logits:
+        fixed["logits"] = scoring_bytes(ops, logits)
     if banks:
         sizes = [BankSize(name, bank.n_blocks, bank.block_bytes) for name, bank in banks.items()]
         fixed["weights in panels"] = sum(use.total for use in order)

@@ -20,6 +20,9 @@ DRAWS_AT_ONCE = 64
 F64 = npt.NDArray[np.float64]
 
 
+SOFTMAX_ROWS = 4  # whose exponentials are there at once: 4 MB of a vocabulary of 128k
+
+
 @dataclass(frozen=True)
 class Sampling:
     """How tokens are chosen, in this order: penalties, bias, temperature, top-k, top-p, min-p.
@@ -154,7 +157,18 @@ def _uniforms(random: np.random.Generator) -> Iterator[float]:
 
 
 def log_softmax_at(logits: F32, tokens: npt.NDArray[np.integer]) -> F64:
-    """logits f32 [M, vocabulary], tokens [M] -> f64 [M], log p of each row's token."""
+    """logits f32 [M, vocabulary], tokens [M] -> f64 [M], log p of each row's token.
+
+    Takes memory for SOFTMAX_ROWS rows.
+    """
+    steps = range(0, len(logits), SOFTMAX_ROWS)
+    parts = [
+        _log_softmax_at(logits[i : i + SOFTMAX_ROWS], tokens[i : i + SOFTMAX_ROWS]) for i in steps
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, np.float64)
+
+
+def _log_softmax_at(logits: F32, tokens: npt.NDArray[np.integer]) -> F64:
     peaks = logits.max(axis=1, keepdims=True)
     totals = np.exp(logits - peaks).sum(axis=1, dtype=np.float64)
     chosen = logits[np.arange(len(tokens)), tokens].astype(np.float64)

@@ -174,13 +174,15 @@ class Session:
         """(position, f32 [rows, vocabulary]): predictions at positions first .. len(tokens) - 2.
 
         The rows of a position are what the model expects next. Earlier positions run without
-        logits, and no step asks for more than LOGITS_BYTES. Continues from the longest shared
+        logits, and no step asks for more than LOGITS_BYTES, or less where the executor says so: its
+        logits_bytes. Continues from the longest shared
         prefix; call reset() for a window on its own.
         """
         inputs = list(tokens[:-1])
         ticket, position = self._begin(tokens[: first + 1])
         for start in range(position, first, PROMPT_CHUNK):
             self._extend(inputs[start : min(start + PROMPT_CHUNK, first)], ticket)
-        rows = max(1, min(PROMPT_CHUNK, LOGITS_BYTES // (4 * self.executor.vocabulary)))
+        most = min(LOGITS_BYTES, getattr(self.executor, "logits_bytes", LOGITS_BYTES))
+        rows = max(1, min(PROMPT_CHUNK, most // (4 * self.executor.vocabulary)))
         for start in range(first, len(inputs), rows):
             yield start, self._extend(inputs[start : start + rows], ticket, all_logits=True)
