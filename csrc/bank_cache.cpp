@@ -86,13 +86,13 @@ int64_t BankCache::least_half(const std::vector<Bank>& banks) {
   return most;
 }
 
-void BankCache::demand(int64_t forward, int use, const uint64_t* wanted) {
+void BankCache::demand(int64_t forward, int use, const uint64_t* wanted, const uint64_t* ahead) {
   if (banks_[uses_[use].bank].resident) return;
   const int64_t sequence = forward * n_uses() + use;
   int64_t seen = claimed_.load(std::memory_order_acquire);
   if (seen < sequence && claimed_.compare_exchange_strong(seen, sequence, std::memory_order_acq_rel)) {
     try {
-      if (!failed_) fill(sequence, use, wanted);
+      if (!failed_) fill(sequence, use, wanted, ahead);
     } catch (const std::exception& error) {
       fail(error.what());
     }
@@ -105,7 +105,7 @@ void BankCache::demand(int64_t forward, int use, const uint64_t* wanted) {
     ready_.wait(ready, std::memory_order_acquire);
 }
 
-void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted) {
+void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const uint64_t* ahead) {
   const Clock::time_point started = Clock::now();
   const int bank = uses_[use].bank, half_index = static_cast<int>(sequence & 1);
   Half &half = halves_[half_index], &other = halves_[1 - half_index];
@@ -135,7 +135,7 @@ void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted) {
   }
   place(half, bank);
   figures_.waited_s += std::chrono::duration<double>(Clock::now() - started).count();
-  if (!failed_) predict(sequence + 1, (use + 1) % n_uses());
+  if (!failed_) predict(sequence + 1, (use + 1) % n_uses(), ahead);
 }
 
 void BankCache::wanted_blocks(int bank, const uint64_t* wanted) {
@@ -299,19 +299,19 @@ void BankCache::place(const Half& half, int bank) {
 
 // Reads ahead for the next use while this one is computed: as much as the reader takes at once, so that a wrong guess
 // holds nobody up for long.
-void BankCache::predict(int64_t sequence, int use) {
+void BankCache::predict(int64_t sequence, int use, const uint64_t* ahead) {
   const int bank = uses_[use].bank;
   const Bank& b = banks_[bank];
   if (predictor_ == Predictor::none || b.resident) return;
   Half& half = halves_[sequence & 1];
   take(half, sequence, bank);
-  const std::vector<uint64_t>& like = last_[uses_[use].like];
+  const uint64_t* const like = ahead ? ahead : last_[uses_[use].like].data();
   if (predictor_ == Predictor::model) {
-    wanted_blocks(bank, like.data());
+    wanted_blocks(bank, like);
   } else {
     blocks_.clear();
     for (int block = 0; block < b.n_blocks(); ++block)
-      if (predictor_ == Predictor::inverse ? !has(like.data(), block * b.rows_per_block) : random_() % 2 == 0)
+      if (predictor_ == Predictor::inverse ? !has(like, block * b.rows_per_block) : random_() % 2 == 0)
         blocks_.push_back(block);
   }
   plan_reads(half, bank, true, reader_->depth());

@@ -70,7 +70,10 @@ class BankCache {
   // Returns when the wanted rows of use `use` of forward number `forward` are in memory, or reading has failed: rows(bank)
   // then says where, until the use after the next one begins. wanted: bit r % 64 of word r / 64; null: all. Any thread, all
   // with the same arguments; who comes late finds it done. Forwards count from 0 and use the uses in order.
-  void demand(int64_t forward, int use, const uint64_t* wanted);
+  // ahead: what the next use, of as many rows, will probably want; null: as its Use says.
+  void demand(int64_t forward, int use, const uint64_t* wanted, const uint64_t* ahead = nullptr);
+  // Where rows(bank)[row] points before the row was wanted; a whole row may be read there.
+  const uint8_t* placeholder() const { return staging_; }
   const uint8_t* const* rows(int bank) const { return states_[bank].rows.data(); }
 
   // What was used often so far no longer counts. Between forwards.
@@ -112,7 +115,7 @@ class BankCache {
     int first, last;  // blocks
   };
 
-  void fill(int64_t sequence, int use, const uint64_t* wanted);
+  void fill(int64_t sequence, int use, const uint64_t* wanted, const uint64_t* ahead);
   void wanted_blocks(int bank, const uint64_t* wanted);
   void take(Half& half, int64_t sequence, int bank);
   void plan_reads(Half& half, int bank, bool ahead, size_t most_runs);
@@ -123,7 +126,7 @@ class BankCache {
   std::string where(const FlashRead& read, int file, const std::string& what) const;
   void admit(const Half& half);
   void place(const Half& half, int bank);
-  void predict(int64_t sequence, int use);
+  void predict(int64_t sequence, int use, const uint64_t* ahead);
   void fail(const std::string& what);
 
   const std::vector<std::string> paths_;

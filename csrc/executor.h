@@ -76,7 +76,9 @@ struct ExpertsOp {
   int top_k;
   bool normalized;
   Activation activation;
-  int pieces_end = 0;  // as in LinearOp
+  int use = -1;                  // of a bank cache: a row is an expert; -1: the matrices are where they are said to be
+  const float* ahead = nullptr;  // the next layer's router, of as many experts and as wide: what it will probably pick
+  int pieces_end = 0;            // as in LinearOp
 };
 struct AddOp {
   int input, output;
@@ -109,6 +111,7 @@ class Executor {
   int add_rope_table(std::vector<float> inverse_frequencies, float factor);
   int add_mask();  // of the inputs of linear ops; until set_mask() nothing is masked
   void add_op(Op op);
+  void use_banks(BankCache& banks) { banks_ = &banks; }  // of ExpertsOp; must outlive the executor
   void finish(const LookupRows& lookup_rows);  // allocates; no additions after it
   // After finish(): matrix i of a LinearOp or ExpertsOp has its planes in the window when pieces[i] is a piece of
   // `stream`, counted in the order of use; -1: in memory. The stream must outlive the executor.
@@ -214,7 +217,8 @@ class Executor {
   // executor_experts.cpp
   void allocate_experts();
   int64_t expert_activations() const;  // quantized at a time, padding included
-  void find_experts(const ExpertsOp&, ExpertPlan&) const;
+  void find_experts(const ExpertsOp&, const Call&, ExpertPlan&, int thread);
+  const uint64_t* likely_experts(const ExpertsOp&, int thread);
   template <typename LooksUp, typename RowOf>
   void quantize_slots(const ExpertPlan&, int n_picks, int k, const LooksUp&, const RowOf&, Walk&);
   template <typename Products, typename Finish>
@@ -246,6 +250,11 @@ class Executor {
   Pages active_;  // of a lone row: a bit for each channel whose q is not 0
   Pages expert_gates_, expert_ups_, expert_downs_;  // [slot of an ExpertPlan][width]
   std::vector<ExpertPlan> expert_plans_;            // [thread]
+  struct ExpertWords {                              // of a thread
+    std::vector<uint64_t> wanted, ahead;            // a bit for each expert
+    std::vector<float> logits;
+  };
+  std::vector<ExpertWords> expert_words_;           // [thread]
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   WeightStream* stream_ = nullptr;
   uint32_t passes_ = 0;

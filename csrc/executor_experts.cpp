@@ -41,7 +41,11 @@ void Executor::allocate_experts() {
   expert_gates_ = Pages(gates * 4);
   expert_ups_ = Pages(gates * 4);
   expert_downs_ = Pages(downs * 4);
-  for (int thread = 0; thread < n_threads(); ++thread) expert_plans_.emplace_back(n_experts, top_k, chunk_);
+  for (int thread = 0; thread < n_threads(); ++thread) {
+    expert_plans_.emplace_back(n_experts, top_k, chunk_);
+    const size_t n_words = (n_experts + 63) / 64;
+    expert_words_.push_back({std::vector<uint64_t>(n_words), std::vector<uint64_t>(n_words), std::vector<float>(n_experts)});
+  }
 }
 
 int64_t Executor::expert_activations() const {
@@ -83,7 +87,7 @@ void Executor::run_rows(const ExpertsOp& op, const Call&, const Slice& slice, in
 void Executor::run_all(const ExpertsOp& op, const Call& call, Walk& walk) {
   ExpertPlan& plan = expert_plans_[walk.thread()];
   plan.make(row(op.logits, 0), call.n, widths_[op.logits], op.top_k);
-  find_experts(op, plan);
+  find_experts(op, call, plan, walk.thread());
   const int width = matrices_[op.gates[0]].n, hidden = widths_[op.output];
   const auto gate = [&](int slot) { return expert_gates_.as<float>() + int64_t{slot} * width; };
   const auto up = [&](int slot) { return expert_ups_.as<float>() + int64_t{slot} * width; };
@@ -139,14 +143,42 @@ void Executor::run_all(const ExpertsOp& op, const Call& call, Walk& walk) {
   });
 }
 
-// The one place that learns which experts a call needs before anything reads them. plan.picked has them in ascending
-// order; whoever keeps planes elsewhere brings them here, and gives the pointers that hold for this op of this call.
-void Executor::find_experts(const ExpertsOp& op, ExpertPlan& plan) const {
+// The one place that learns which experts a call needs before anything reads them. Those in banks are brought into memory,
+// and their matrices, which lie at the placeholder until then, move to where they are.
+void Executor::find_experts(const ExpertsOp& op, const Call& call, ExpertPlan& plan, int thread) {
+  const uint8_t* const* rows = nullptr;
+  if (op.use >= 0) {
+    std::vector<uint64_t>& wanted = expert_words_[thread].wanted;
+    std::fill(wanted.begin(), wanted.end(), 0);
+    for (const ExpertPlan::Picked& p : plan.picked) wanted[p.expert / 64] |= uint64_t{1} << p.expert % 64;
+    banks_->demand(call.pass, op.use, wanted.data(), call.n == 1 ? likely_experts(op, thread) : nullptr);
+    rows = banks_->rows(banks_->use(op.use).bank);
+  }
   for (ExpertPlan::Picked& p : plan.picked) {
     p.gate = matrices_[op.gates[p.expert]];
     p.up = matrices_[op.ups[p.expert]];
     p.down = matrices_[op.downs[p.expert]];
+    if (!rows) continue;
+    const ptrdiff_t by = rows[p.expert] - banks_->placeholder();
+    for (MatrixView* w : {&p.gate, &p.up, &p.down}) {
+      w->planes += by;
+      w->scales += by / 2;
+      if (w->offsets) w->offsets += by / 2;
+    }
   }
+}
+
+// What the next layer's router picks from this layer's input, which is much like its own.
+const uint64_t* Executor::likely_experts(const ExpertsOp& op, int thread) {
+  if (!op.ahead) return nullptr;
+  ExpertWords& words = expert_words_[thread];
+  const int width = widths_[op.input], n = widths_[op.logits];
+  for (int e = 0; e < n; ++e) words.logits[e] = kernels_.floats->dot(row(op.input, 0), op.ahead + int64_t{e} * width, width);
+  share_out(words.logits.data(), n, op.top_k, op.normalized);
+  std::fill(words.ahead.begin(), words.ahead.end(), 0);
+  for (int e = 0; e < n; ++e)
+    if (words.logits[e] > 0) words.ahead[e / 64] |= uint64_t{1} << e % 64;
+  return words.ahead.data();
 }
 
 // Quantizes a row of k values for each slot. looks_up(picked): tables too; row_of(slot, channels): where the row is,

@@ -145,7 +145,8 @@ class BoundExecutor {
     add(RouterOp{input, output, weight.data()});
   }
   void experts(int input, int logits, int output, std::vector<int> gates, std::vector<int> ups, std::vector<int> downs,
-               int top_k, bool normalized, const std::string& activation) {
+               int top_k, bool normalized, const std::string& activation, int use, nb::object banks,
+               const std::optional<ArrayIn<float, 2>>& ahead) {
     const size_t n = width(logits);
     want(gates.size() == n && ups.size() == n && downs.size() == n, "experts: counts");
     const int wide = at(gates[0]).n;
@@ -155,8 +156,27 @@ class BoundExecutor {
     }
     want(top_k >= 1 && top_k <= width(logits), "experts: top_k");
     want(logits != input && logits != output, "experts: registers");
-    add(ExpertsOp{input, logits, output, std::move(gates), std::move(ups), std::move(downs), top_k, normalized,
-                  activation_named(activation)});
+    ExpertsOp op{input, logits, output, std::move(gates), std::move(ups), std::move(downs), top_k, normalized,
+                 activation_named(activation)};
+    if (use >= 0) {
+      auto& cache = nb::cast<BankCache&>(banks);
+      want(!banks_ || banks_ == &cache, "experts: a second cache");
+      want(use == next_use_++ && use < cache.n_uses(), "experts: uses out of order");
+      want(cache.bank(cache.use(use).bank).n_rows == static_cast<int>(n), "experts: rows of the bank");
+      if (!banks_) {
+        kept_.push_back(std::move(banks));
+        executor_->use_banks(cache);
+        banks_ = &cache;
+        process_ = getpid();
+      }
+      op.use = use;
+      if (ahead) {
+        want(ahead->shape(0) == n && static_cast<int>(ahead->shape(1)) == width(input), "experts: the next router");
+        op.ahead = ahead->data();
+        kept_.push_back(nb::cast(*ahead));
+      }
+    }
+    add(std::move(op));
   }
   void add_to(int input, int output) {
     want(width(input) == width(output), "add: widths");
@@ -319,7 +339,8 @@ void bind_executor(nb::module_& m) {
       .def("gate", &BoundExecutor::gate, nb::arg("gate"), nb::arg("up"), nb::arg("output"), nb::arg("activation"))
       .def("router", &BoundExecutor::router, nb::arg("input"), nb::arg("weight"), nb::arg("output"))
       .def("experts", &BoundExecutor::experts, nb::arg("input"), nb::arg("logits"), nb::arg("output"), nb::arg("gates"),
-           nb::arg("ups"), nb::arg("downs"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("activation"))
+           nb::arg("ups"), nb::arg("downs"), nb::arg("top_k"), nb::arg("normalized"), nb::arg("activation"),
+           nb::arg("use") = -1, nb::arg("banks").none() = nb::none(), nb::arg("ahead").none() = nb::none())
       .def("add", &BoundExecutor::add_to, nb::arg("input"), nb::arg("output"))
       .def("head", &BoundExecutor::head, nb::arg("input"), nb::arg("matrix"), nb::arg("columns"), nb::arg("softcap"))
       .def("finish", &BoundExecutor::finish, nb::arg("lookup_rows"))

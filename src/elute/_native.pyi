@@ -270,7 +270,13 @@ class Executor:
         top_k: int,
         normalized: bool,
         activation: str,
-    ) -> None: ...
+        use: int = -1,
+        banks: BankCache | None = None,
+        ahead: _F32 | None = None,
+    ) -> None:
+        """use: of banks, a row of which is an expert, whose matrices are of the placeholder;
+        ahead: the router of the next layer"""
+
     def add(self, input: int, output: int) -> None: ...
     def head(self, input: int, matrix: int, columns: list[int], softcap: float) -> None: ...
     def finish(self, lookup_rows: list[int]) -> None: ...

@@ -316,8 +316,8 @@ def test_a_wrong_manifest_is_refused(tmp_path: Path, edit: Edit, says: str) -> N
 def test_a_newer_layout_asks_for_an_upgrade(tmp_path: Path) -> None:
     write_small(tmp_path / "model")
     manifest = tmp_path / "model" / "elute.json"
-    manifest.write_text(manifest.read_text().replace('"layout": 1', '"layout": 2'))
-    with pytest.raises(UnsupportedError, match=r"layout is 2, newer than the 1 .*upgrade elute"):
+    manifest.write_text(manifest.read_text().replace('"layout": 1', '"layout": 3'))
+    with pytest.raises(UnsupportedError, match=r"layout is 3, newer than the 2 .*upgrade elute"):
         PackedModel.open(tmp_path / "model")
 
 

@@ -212,7 +212,11 @@ class NativeExecutor:
         weight = np.array(weight, np.float32)
         self._server.call("rms_norm_op", input, output, weight, n_runs, float(eps))
 
-    def linear(self, input, matrices, outputs, biases, columns):
+    def add_mask(self, width):
+        return -1  # nothing is masked here
+
+    def linear(self, input, matrices, outputs, biases, columns, mask=-1):
+        assert mask == -1
         lists = [np.array(ids, np.int32) for ids in (matrices, outputs, columns)]
         self._server.call("linear", input, *lists, *(np.array(b, np.float32) for b in biases))
 
@@ -231,7 +235,8 @@ class NativeExecutor:
         self._server.call("router", input, output, weight)
 
     def experts(self, input, logits, output, *arguments):
-        *matrices, top_k, normalized, activation = arguments
+        *matrices, top_k, normalized, activation, use, banks, ahead = arguments
+        assert (use, banks, ahead) == (-1, None, None)
         lists = [np.array(ids, np.int32) for ids in matrices]
         numbers = top_k, int(normalized), activation
         self._server.call("experts", input, logits, output, *lists, *numbers)

@@ -16,7 +16,7 @@ from elute.flash.sparsity import kind
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Records
 from elute.formats.page_sums import PageSums
-from elute.model.ops import Linear, OpList, RmsNorm
+from elute.model.ops import Experts, Linear, OpList, RmsNorm
 from elute.types import U8
 
 DEPTH = 32  # small requests: measured disks need more of them in flight than large ones
@@ -38,6 +38,71 @@ class Predictor(StrEnum):
     NONE = "none"
     RANDOM = "random"
     INVERSE = "inverse"
+
+
+@dataclass(frozen=True)
+class Rows:
+    """A bank as it lies in a file: equal blocks of whole pages, and in them equal rows."""
+
+    name: str
+    file: str
+    offset: int
+    n_rows: int
+    row_bytes: int
+    rows_per_block: int
+    block_bytes: int
+
+    @property
+    def n_blocks(self) -> int:
+        return -(-self.n_rows // self.rows_per_block)
+
+    @property
+    def n_bytes(self) -> int:
+        return self.n_blocks * self.block_bytes
+
+
+def channel_rows(packed: PackedModel) -> list[Rows]:
+    """The banks of channels."""
+    return [
+        Rows(
+            name,
+            bank.file,
+            packed.shards[bank.file].offset(name + bank.part().suffix),
+            bank.n_rows,
+            bank.row_bytes,
+            bank.rows_per_block,
+            bank.block_bytes,
+        )
+        for name, bank in packed.banks.items()
+    ]
+
+
+def expert_bytes(op: Experts, records: Records) -> int | None:
+    """Of one expert, with its scales, where all of the layer take as much and lie in one file, as
+    they are packed; else None.
+    """
+    sizes: set[tuple[int, ...]] = set()
+    files: set[str] = set()
+    for names in zip(op.gates, op.ups, op.downs, strict=True):
+        sizes.add(tuple(p.stored_bytes for name in names for p in records[name].parts()))
+        files.update(records[name].file for name in names)
+    return sum(sizes.pop()) if len(sizes) == len(files) == 1 else None
+
+
+def expert_rows(packed: PackedModel, ops: OpList) -> list[Rows]:
+    """A bank for each layer of experts, of one row an expert: gate, up and down with their scales.
+
+    [] where they do not lie one behind the other: then they cannot be fetched one by one.
+    """
+    found = []
+    for op in (op for op in ops.ops if isinstance(op, Experts)):
+        size = expert_bytes(op, packed.records)
+        file = packed.records[op.gates[0]].file
+        starts = [packed.shards[file].offset(name + ".planes") for name in op.gates]
+        if size is None or starts != [starts[0] + i * size for i in range(len(starts))]:
+            return []
+        found.append(Rows(op.gates[0], file, starts[0], len(starts), size, 1, size))
+    return found
 
 
 @dataclass(frozen=True)
@@ -99,18 +164,20 @@ def _bank(records: Records, name: str) -> str | None:
 def resident_banks(packed: PackedModel, uses: Sequence[BankUse]) -> _native.BankCache:
     """Of a mapped folder: nothing is read before it is used, and all of it may stay."""
     arrays = [packed.bank(name).reshape(-1) for name in packed.banks]
-    return _native.resident_banks(arrays, _described(packed, {}), _indexed(packed, uses))
+    return loaded_banks(packed, uses, arrays)
 
 
 def loaded_banks(
     packed: PackedModel, uses: Sequence[BankUse], arrays: Sequence[U8]
 ) -> _native.BankCache:
     """Of banks that were read into memory, in the order of packed.banks."""
-    return _native.resident_banks(list(arrays), _described(packed, {}), _indexed(packed, uses))
+    rows = channel_rows(packed)
+    return _native.resident_banks(list(arrays), _described(packed, rows, {}), _indexed(rows, uses))
 
 
 def cached_banks(
     packed: PackedModel,
+    rows: Sequence[Rows],
     uses: Sequence[BankUse],
     plan: Plan,
     *,
@@ -129,8 +196,8 @@ def cached_banks(
     try:
         return _native.open_banks(
             [str(packed.path / file) for file in files],
-            _described(packed, plan.slots),
-            _indexed(packed, uses),
+            _described(packed, rows, plan.slots),
+            _indexed(rows, uses),
             slots,
             staging,
             reader,
@@ -153,23 +220,23 @@ def active_rows(cache: _native.BankCache, use: int, n_rows: int) -> npt.NDArray[
 
 
 def _described(
-    packed: PackedModel, slots: Mapping[str, int]
+    packed: PackedModel, rows: Sequence[Rows], slots: Mapping[str, int]
 ) -> list[tuple[int, int, int, int, int, int, int]]:
     files = list(packed.shards)
     return [
         (
             files.index(bank.file),
-            packed.shards[bank.file].offset(name + bank.part().suffix),
+            bank.offset,
             bank.block_bytes,
             bank.row_bytes,
             bank.n_rows,
             bank.rows_per_block,
-            slots.get(name, 0),
+            slots.get(bank.name, 0),
         )
-        for name, bank in packed.banks.items()
+        for bank in rows
     ]
 
 
-def _indexed(packed: PackedModel, uses: Sequence[BankUse]) -> list[tuple[int, int]]:
-    index = {name: i for i, name in enumerate(packed.banks)}
+def _indexed(rows: Sequence[Rows], uses: Sequence[BankUse]) -> list[tuple[int, int]]:
+    index = {bank.name: i for i, bank in enumerate(rows)}
     return [(index[use.bank], use.like) for use in uses]

@@ -58,10 +58,19 @@ class FlashWeights:
         self._files = list(packed.shards)
         self._parts: dict[str, tuple[int, Part]] = {}  # what stays: its place and its kind
         self.plan = plan
+        # Where not all fit, experts and channels come by banks.
+        self._rows = banks.channel_rows(packed)
+        if plan.staging and not self._rows:
+            self._rows = banks.expert_rows(packed, ops)
+        self._slots = pages(plan.slot_bytes if plan.staging else 0)
+        self._staging = pages(plan.staging)
+        self._in_row = self._expert_parts(ops) if plan.staging else {}
         pieces, size = [], 0
         for name in (*ops.matrices(), *ops.vectors()):
             for part in packed.records[name].parts():
                 if part.suffix == ".planes" and name in plan.places:
+                    continue
+                if name + part.suffix in self._in_row:
                     continue
                 self._parts[name + part.suffix] = (size, part)
                 pieces.append(self._piece(name, part, size))
@@ -157,10 +166,11 @@ class FlashWeights:
         reader, _, request_bytes, direct = self._options
         self._banks = banks.cached_banks(
             packed,
+            self._rows,
             uses,
             plan,
-            slots=pages(plan.slot_bytes),
-            staging=pages(plan.staging),
+            slots=self._slots,
+            staging=self._staging,
             reader=reader,
             depth=self._bank_depth,
             request_bytes=request_bytes,
@@ -222,10 +232,28 @@ class FlashWeights:
         except RuntimeError as error:  # std::system_error: a file that is gone, a reader refused
             raise DeviceError(f"flash: {error}; check the model's files, or the reader") from None
 
+    def has_expert_banks(self) -> bool:
+        """Whether experts are fetched when they are picked; their arrays are then placeholders."""
+        return bool(self._in_row)
+
+    def _expert_parts(self, ops: OpList) -> dict[str, tuple[int, Part]]:
+        """Where in the row of its expert each part of an expert's matrices lies."""
+        found: dict[str, tuple[int, Part]] = {}
+        for op in (op for op in ops.ops if isinstance(op, Experts)):
+            for names in zip(op.gates, op.ups, op.downs, strict=True):
+                at = 0
+                for name in names:
+                    for part in self._packed.records[name].parts():
+                        found[name + part.suffix] = at, part
+                        at += part.stored_bytes
+        return found
+
     def _array(self, key: str) -> npt.NDArray[Any]:
-        at, part = self._parts[key]
+        in_row = key in self._in_row
+        at, part = (self._in_row if in_row else self._parts)[key]
+        memory = self._staging if in_row else self._memory
         dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}[part.dtype]
-        return self._memory[at : at + part.n_bytes].view(dtype)
+        return memory[at : at + part.n_bytes].view(dtype)
 
 
 class Recorded(Protocol):

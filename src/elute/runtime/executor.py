@@ -11,7 +11,7 @@ import numpy as np
 
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
-from elute.flash.banks import bank_uses, resident_banks
+from elute.flash.banks import BankUse, bank_uses, resident_banks
 from elute.flash.sparsity import Threshold
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
@@ -381,7 +381,19 @@ class _Builder:
             op.top_k,
             op.normalized,
             str(op.activation),
+            *self._use_of(op),
         )
+
+    def _use_of(self, op: Experts) -> tuple[int, _native.BankCache | None, F32 | None]:
+        """Of banks, where experts are fetched when they are picked; and the router that tells
+        which ones the next layer will probably pick."""
+        if self._banks is None or op.gates[0] not in self._bank_index:
+            return -1, None, None
+        self._next_use += 1
+        later = self._ops.ops[self._ops.ops.index(op) :]
+        router = next((after for after in later if isinstance(after, Router)), None)
+        ahead = None if router is None else np.ascontiguousarray(self._vector(router.weight))
+        return self._next_use - 1, self._banks, ahead
 
     def _in_bank(self, name: str) -> InBank | None:
         source = self._weights
@@ -415,6 +427,10 @@ def _open_banks(
     ops: OpList, weights: WeightSource
 ) -> tuple[_native.BankCache | None, dict[str, int]]:
     """The banks of a model in channel order, and their indices by name."""
+    if isinstance(weights, FlashWeights) and weights.has_expert_banks():
+        layers = [op.gates[0] for op in ops.ops if isinstance(op, Experts)]
+        opened = weights.open_banks([BankUse(name, i) for i, name in enumerate(layers)])
+        return opened, {name: i for i, name in enumerate(layers)}
     packed = weights.packed if isinstance(weights, FlashWeights) else weights
     if not isinstance(packed, PackedModel) or not packed.banks:
         return None, {}

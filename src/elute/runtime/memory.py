@@ -103,6 +103,7 @@ def fit(
     Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
     least budget that works.
     """
+    from elute.flash.banks import expert_bytes
     from elute.flash.weights import resident_bytes, uses
 
     kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
@@ -123,14 +124,27 @@ def fit(
         "cache": cache_bytes(ops, chosen, kind),
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
-    banks = getattr(packed, "banks", {})
     if logits:
         fixed["logits"] = scoring_bytes(ops, logits)
-    if banks:
-        sizes = [BankSize(name, bank.n_blocks, bank.block_bytes) for name, bank in banks.items()]
+    channels = getattr(packed, "banks", {})
+    sizes = [BankSize(name, bank.n_blocks, bank.block_bytes) for name, bank in channels.items()]
+    if sizes:
         fixed["weights in panels"] = sum(use.total for use in order)
         return Fit(solve_banks(budget, fixed, sizes), chosen)
+    experts = [op for op in ops.ops if isinstance(op, Experts)]
+    rows = [expert_bytes(op, packed.records) for op in experts]
+    if experts and None not in rows:
+        names = {name for op in experts for name in op.matrices()}
+        parts = [part for name in names for part in packed.records[name].parts()]
+        fixed["resident weights"] -= sum(p.stored_bytes for p in parts if p.suffix != ".planes")
+        fixed["other layers"] = sum(use.total for use in order if use.names[0] not in names)
+        sizes = [
+            BankSize(op.gates[0], len(op.gates), row)
+            for op, row in zip(experts, rows, strict=True)
+            if row is not None
+        ]
+        return Fit(solve_banks(budget, fixed, sizes), chosen)
     plan = solve(budget, fixed, order)
-    if plan.places and any(isinstance(op, Experts) for op in ops.ops):
+    if plan.places and experts:
         log.log(NOTE, "memory: experts that do not stay are read for every token, picked or not")
     return Fit(plan, chosen)
