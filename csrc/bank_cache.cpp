@@ -100,9 +100,17 @@ void BankCache::demand(int64_t forward, int use, const uint64_t* wanted, const u
     ready_.notify_all();
     return;
   }
-  for (int64_t ready = ready_.load(std::memory_order_acquire); ready < sequence;
-       ready = ready_.load(std::memory_order_acquire))
-    ready_.wait(ready, std::memory_order_acquire);
+  int64_t ready = ready_.load(std::memory_order_acquire);
+  if (ready >= sequence) return;
+  const Clock::time_point started = Clock::now();
+  for (; ready < sequence; ready = ready_.load(std::memory_order_acquire)) ready_.wait(ready, std::memory_order_acquire);
+  waited_ns_.fetch_add(std::chrono::nanoseconds(Clock::now() - started).count(), std::memory_order_relaxed);
+}
+
+BankCache::Figures BankCache::figures() const {
+  Figures figures = figures_;
+  figures.waited_s += double(waited_ns_.load(std::memory_order_relaxed)) / 1e9;
+  return figures;
 }
 
 void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const uint64_t* ahead) {

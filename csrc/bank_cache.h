@@ -52,7 +52,7 @@ class BankCache {
     int64_t read_bytes = 0, wanted_bytes = 0, requests = 0;  // wanted: of blocks that were not there
     int64_t blocks = 0, cached = 0, predicted = 0, missed = 0;  // that were wanted; of these: in a slot, read ahead, neither
     int64_t predicted_reads = 0;                                // blocks that were read ahead
-    double waited_s = 0;                                        // until what was missed was there
+    double waited_s = 0;                                        // of all threads, for what was missed
   };
 
   // paths: of files; none where all banks are resident. slots: memory of slots_bytes(banks); staging: two halves of half_bytes, for what is in use and what is read ahead, each
@@ -80,7 +80,7 @@ class BankCache {
   void forget();
 
   std::string failure() const { return failed_.load(std::memory_order_acquire) ? failure_ : std::string(); }
-  Figures figures() const { return figures_; }  // between forwards
+  Figures figures() const;  // between forwards
   // The rows that a use wanted last, as bits. Between forwards.
   const std::vector<uint64_t>& last(int use) const { return last_[use]; }
   std::string_view reader() const { return reader_ ? reader_->name() : "none"; }
@@ -154,7 +154,8 @@ class BankCache {
   std::vector<int> blocks_;          // that are wanted
   std::vector<int> order_, victims_; // of admission
   std::mt19937_64 random_{1};
-  Figures figures_;
+  Figures figures_;                   // of the thread that claims a use
+  std::atomic<int64_t> waited_ns_{0};  // of the others
   std::string failure_;
   std::atomic<bool> failed_{false};
   alignas(64) std::atomic<int64_t> claimed_{-1};  // the last sequence that a thread has begun

@@ -399,6 +399,8 @@ def load(
             ops.context,
         )
     scores = calibration.saved(packed) if sparsity else None
+    if sparsity and scores is None and memory is not None:
+        score_bytes = max(score_bytes or 0, calibration.probe_bytes(ops.vocabulary))
     weights: WeightSource = packed
     kernels = None
     sums = packed.page_sums() if checked else None
@@ -486,6 +488,7 @@ def calibrate(
         threads=threads,
         cache_dir=cache_dir,
         memory=memory,
+        score_bytes=None if memory is None else calibration.probe_bytes(ops.vocabulary),
         progress=progress,
     ) as loaded:
         tokens, _ = loaded.text_tokens(calibration.own_text() if text is None else text)
@@ -558,6 +561,8 @@ def _fitted(
         chunk=executor.CHUNK,
         n_threads=default_threads() if threads is None else threads,
         logits=score_bytes or 0,
+        by_channel=bool(packed.banks),
+        sparsity=sparsity,
     )
     plan = found.plan
     if plan.places and sparsity:
@@ -569,9 +574,9 @@ def _fitted(
         )
     if plan.staging:
         log.info(
-            "memory: %.0f MB hold %.0f %% of the channels; others are read when they count",
+            "memory: %.0f MB hold %.0f %% of the layers; of the others, what a token needs is read",
             budget / 1e6,
-            100 * plan.slot_bytes / (plan.slot_bytes + plan.missed),
+            100 * plan.slot_bytes / sum(bank.total for bank in plan.banks),
         )
     if plan.places:
         log.info(

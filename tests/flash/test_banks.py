@@ -14,7 +14,7 @@ from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
 from elute.errors import BudgetError, DeviceError, EluteError
-from elute.flash.banks import Predictor, active_rows, bank_uses, banks_of
+from elute.flash.banks import Predictor, active_rows, bank_uses, banks_of, channel_sizes
 from elute.flash.plan import BankSize, solve_banks
 from elute.flash.sparsity import Threshold
 from elute.flash.weights import FlashWeights
@@ -66,7 +66,7 @@ def thresholds(packed, value):
 
 
 def plan_of(packed, share):
-    sizes = [BankSize(n, b.n_blocks, b.block_bytes) for n, b in packed.banks.items()]
+    sizes = [sized.size for sized in channel_sizes(op_list(packed.config), packed.records)]
     total, largest = sum(size.total for size in sizes), max(size.total for size in sizes)
     return solve_banks(2 * largest + int(share * total), {}, sizes)
 

@@ -7,12 +7,11 @@ from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
 from elute.errors import DeviceError
-from elute.flash.banks import Predictor, expert_bytes, expert_rows
-from elute.flash.plan import BankSize, solve_banks
+from elute.flash.banks import Predictor, expert_rows, expert_sizes
+from elute.flash.plan import solve_banks
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
 from elute.model.families import op_list
-from elute.model.ops import Experts
 from elute.runtime.executor import Executor
 
 CONFIG = {
@@ -46,11 +45,7 @@ def packed(request, tmp_path_factory) -> PackedModel:
 
 def plan_of(packed, share):
     ops = op_list(packed.config)
-    sizes = [
-        BankSize(op.gates[0], len(op.gates), expert_bytes(op, packed.records))
-        for op in ops.ops
-        if isinstance(op, Experts)
-    ]
+    sizes = [sized.size for sized in expert_sizes(ops, packed.records)]
     total, largest = sum(s.total for s in sizes), max(s.total for s in sizes)
     return solve_banks(2 * largest + int(share * total), {}, sizes)
 

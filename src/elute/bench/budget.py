@@ -19,6 +19,7 @@ from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
 from elute.errors import DeviceError
+from elute.flash.banks import GAP_BYTES
 from elute.flash.plan import BLOCK, Plan, Use
 from elute.flash.walk import Disk, walk
 from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
@@ -64,11 +65,15 @@ class Prediction:
         }
 
 
-def predict(plan: Plan, order: list[Use], pace: Pace, flash: Disk) -> Prediction:
+def predict(
+    plan: Plan, order: list[Use], pace: Pace, flash: Disk, *, sparsity: float = 0.0
+) -> Prediction:
     """The one forecast of `elute plan` and of a run's last lines.
 
     order  uses() of the model; the pace of layers is shared among them by their bytes
     """
+    if plan.staging:
+        return _predict_banks(plan, pace, flash, sparsity)
     total = sum(use.total for use in order)
     found = walk(
         plan,
@@ -80,6 +85,30 @@ def predict(plan: Plan, order: list[Use], pace: Pace, flash: Disk) -> Prediction
     return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total)
 
 
+# A product by channel takes so much of one in panels, whatever counts, and so much for what counts
+# (bench/channels.py, 4 bits, Zen 5).
+CHANNELS_S, ACTIVE_S = 0.13, 1.35
+
+
+def _predict_banks(plan: Plan, pace: Pace, flash: Disk, sparsity: float) -> Prediction:
+    """What is wanted is known when its input is, so reading and computing take turns. Any block is
+    as likely to be wanted as another, and to be there."""
+    by_channel = bool(sparsity) or any(bank.wanted == 1 for bank in plan.banks)
+    layers_s = pace.layers_s
+    if by_channel:
+        layers_s *= CHANNELS_S + ACTIVE_S * (1 - sparsity)
+    waited = 0.0
+    for bank in plan.banks:
+        share = bank.wanted * (1 - plan.slots[bank.name] / bank.n_blocks)
+        # Small gaps are read along with what lies around them.
+        gap = GAP_BYTES // bank.block_bytes
+        reads = bank.n_blocks * share * (1 - share) ** (gap + 1) + share
+        along = sum(k * share * (1 - share) ** k for k in range(1, gap + 1))
+        n_bytes = bank.n_blocks * share * (1 + along) * bank.block_bytes
+        waited += flash.latency_s + reads * flash.request_s + n_bytes / flash.bytes_s
+    return Prediction(1 / (layers_s + pace.rest_s + waited), plan.missed, waited, plan.total)
+
+
 def predict_run(
     packed: PackedModel,
     plan: Plan,
@@ -87,6 +116,7 @@ def predict_run(
     n_threads: int,
     cache_type: str,
     kernels: Mapping[int, Choice],
+    sparsity: float = 0.0,
 ) -> Prediction:
     """The same for a run that is over and whose weights are gone, in the memory that they left.
 
@@ -104,7 +134,8 @@ def predict_run(
     )
     _native.return_freed_memory()
     flash = flash_speed(packed, most=room) if plan.missed else usual_disk(1e9)
-    return predict(plan, uses(op_list(packed.config), packed), pace, flash)
+    order = uses(op_list(packed.config), packed)
+    return predict(plan, order, pace, flash, sparsity=sparsity)
 
 
 @dataclass(frozen=True)
@@ -172,8 +203,11 @@ def forecast(
     flash_gb_s: float | None = None,
     cache_dir: Path | None = None,
     held: int | None = None,
+    sparsity: float = 0.0,
 ) -> Forecast:
     """The plan that `load` would make, and the rates of this machine that it leads to.
+
+    sparsity    with it, a model that is not a packed folder of panels is one in channel order
 
     flash_gb_s  measured when None: on the model's own files, or where it would be packed to
     cache_dir   where that is; formats.sources.cache_dir() when None
@@ -205,6 +239,8 @@ def forecast(
         cache_type=cache_type,
         chunk=executor.CHUNK,
         n_threads=n_threads,
+        by_channel=sparsity > 0 or bool(getattr(packed, "banks", {})),
+        sparsity=sparsity,
     )
     if flash_gb_s is not None:
         flash = usual_disk(1e9 * flash_gb_s)
@@ -216,7 +252,7 @@ def forecast(
     pace = measured_pace(packed, packed.config, n_threads=n_threads, cache_type=cache_type)
     return Forecast(
         found.plan,
-        predict(found.plan, uses(ops, packed), pace, flash),
+        predict(found.plan, uses(ops, packed), pace, flash, sparsity=sparsity),
         found.context,
         touched_bytes(ops, packed),
         flash.sequential_bytes_s / 1e9,

@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 
 from elute.bench.random_weights import RandomWeights
-from elute.flash.weights import Recorded, uses
+from elute.flash.weights import Recorded
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
 from elute.model.families import op_list
-from elute.model.ops import Embed, Head, OpList
+from elute.model.ops import Embed, Experts, Head, Linear, OpList
 from elute.quantize.recipe import Recipe, Rule, Scheme
 from elute.runtime.executor import Executor
 from elute.types import Affine
@@ -58,7 +58,7 @@ def measured_pace(
     Raises BudgetError when the memory is not there.
     """
     whole = op_list(config)
-    layers = sum(use.total for use in uses(whole, packed))
+    layers = sum(_planes(packed, name) for name in layer_matrices(whole))
     head = sum(_stored(packed, op.weight) for op in whole.ops if isinstance(op, Head))
     most = ENOUGH_BYTES if room is None else min(ENOUGH_BYTES, room - head)
     n_layers = max(1, min(whole.n_layers, most * whole.n_layers // max(1, layers)))
@@ -99,6 +99,23 @@ def _token_s(executor: Executor) -> float:
         executor.forward(np.array([position], np.int32), position)
         times.append(time.perf_counter() - started)
     return statistics.median(times[WARM_UP:])
+
+
+def layer_matrices(ops: OpList) -> list[str]:
+    """Of linears and experts, as often as a forward reads them."""
+    names: list[str] = []
+    for op in ops.ops:
+        if isinstance(op, Linear):
+            names.extend(op.weights)
+        elif isinstance(op, Experts):
+            names.extend(op.matrices())
+    return names
+
+
+def _planes(packed: Recorded, name: str) -> int:
+    record = packed.records[name]
+    assert isinstance(record, MatrixRecord)
+    return record.planes_bytes
 
 
 def _stored(packed: Recorded, name: str) -> int:

@@ -95,6 +95,7 @@ class MemoryReport:
             n_threads=n_threads,
             cache_type=cache_type,
             kernels=kernels,
+            sparsity=model.sparsity,
         )
         return prediction, measured
 

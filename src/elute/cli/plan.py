@@ -21,6 +21,7 @@ EXIT_SLOW, EXIT_IMPOSSIBLE = 1, 2
 @click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together.")
 @click.option("--threads", type=click.IntRange(1), help="Threads.  [default: physical cores]")
 @options.cache_type
+@options.sparsity
 @click.option(
     "--flash",
     "flash_gb_s",
@@ -35,6 +36,7 @@ def command(
     context: int | None,
     threads: int | None,
     cache_type: str | None,
+    sparsity: float,
     flash_gb_s: float | None,
     as_json: bool,
     quiet: bool,
@@ -68,6 +70,7 @@ def command(
                 cache_type=cache_type or "f16",
                 flash_gb_s=flash_gb_s,
                 held=held,
+                sparsity=sparsity,
             )
         except BudgetError as error:
             click.echo(f"error: {error}", err=True)
@@ -81,15 +84,16 @@ def command(
 
 def _page(found: Forecast) -> str:
     plan = found.plan
-    planes = plan.pinned_bytes + plan.missed
+    kept = plan.pinned_bytes + plan.slot_bytes
+    layers = sum(bank.total for bank in plan.banks) or plan.pinned_bytes + plan.missed
     rows = [(purpose, f"{size / 1e6:9.1f} MB") for purpose, size in plan.fixed.items()]
     rows += [
         (
             "model",
             f"{found.model_bytes / 1e6:9.1f} MB, {found.bits_per_weight:.2f} bits a weight",
         ),
-        ("layers kept", f"{plan.pinned_bytes / 1e6:9.1f} MB of {planes / 1e6:.1f}"),
-        ("window", f"{plan.window / 1e6:9.1f} MB"),
+        ("layers kept", f"{kept / 1e6:9.1f} MB of {layers / 1e6:.1f}"),
+        ("window", f"{(plan.window + plan.staging) / 1e6:9.1f} MB"),
         ("in all", f"{plan.total / 1e6:9.1f} MB of {plan.budget / 1e6:.1f}"),
         (
             "a token reads",

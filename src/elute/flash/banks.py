@@ -10,11 +10,11 @@ import numpy as np
 import numpy.typing as npt
 
 from elute import _native
-from elute.errors import DeviceError
-from elute.flash.plan import Plan
+from elute.errors import DeviceError, FormatError
+from elute.flash.plan import BankSize, Plan
 from elute.flash.sparsity import kind
 from elute.formats.packed import PackedModel
-from elute.formats.packed_layout import MatrixRecord, Records
+from elute.formats.packed_layout import MatrixRecord, Records, align, rows_per_block
 from elute.formats.page_sums import PageSums
 from elute.model.ops import Experts, Linear, OpList, RmsNorm
 from elute.types import U8
@@ -77,31 +77,68 @@ def channel_rows(packed: PackedModel) -> list[Rows]:
     ]
 
 
-def expert_bytes(op: Experts, records: Records) -> int | None:
-    """Of one expert, with its scales, where all of the layer take as much and lie in one file, as
-    they are packed; else None.
+@dataclass(frozen=True)
+class Sized:
+    """A bank to be, and the matrices in it."""
+
+    names: tuple[str, ...]
+    size: BankSize
+
+
+def channel_sizes(ops: OpList, records: Records, sparsity: float = 0.0) -> list[Sized]:
+    """Banks of a model in channel order, or to be put in it one layer at a time."""
+    by_bank: dict[str, list[str]] = {}
+    for op in (op for op in ops.ops if isinstance(op, Linear)):
+        found = [records[name] for name in op.weights]
+        if not any(isinstance(record, MatrixRecord) and record.columns for record in found):
+            bank = _bank(records, op.weights[0]) or op.weights[0]
+            by_bank.setdefault(bank, []).extend(op.weights)
+    sized = []
+    for bank, names in by_bank.items():
+        members = [r for name in names if isinstance(r := records[name], MatrixRecord)]
+        row_bytes = sum(record.row_bytes for record in members)
+        per_block = rows_per_block(row_bytes)
+        n_blocks = -(-members[0].shape[1] // per_block)
+        size = BankSize(bank, n_blocks, align(per_block * row_bytes), 1 - sparsity**per_block)
+        sized.append(Sized(tuple(names), size))
+    return sized
+
+
+def expert_sizes(ops: OpList, records: Records) -> list[Sized]:
+    """A bank for each layer of experts. [] where there is none, or experts of a layer differ in
+    size or lie in several files: then they cannot be fetched one by one.
     """
-    sizes: set[tuple[int, ...]] = set()
-    files: set[str] = set()
-    for names in zip(op.gates, op.ups, op.downs, strict=True):
-        sizes.add(tuple(p.stored_bytes for name in names for p in records[name].parts()))
-        files.update(records[name].file for name in names)
-    return sum(sizes.pop()) if len(sizes) == len(files) == 1 else None
+    sized = []
+    for op in (op for op in ops.ops if isinstance(op, Experts)):
+        sizes: set[tuple[int, ...]] = set()
+        files: set[str] = set()
+        for names in zip(op.gates, op.ups, op.downs, strict=True):
+            sizes.add(tuple(p.stored_bytes for name in names for p in records[name].parts()))
+            files.update(records[name].file for name in names)
+        if len(sizes) != 1 or len(files) != 1:
+            return []
+        n = len(op.gates)
+        size = BankSize(op.gates[0], n, sum(sizes.pop()), op.top_k / n)
+        sized.append(Sized(op.matrices(), size))
+    return sized
 
 
 def expert_rows(packed: PackedModel, ops: OpList) -> list[Rows]:
-    """A bank for each layer of experts, of one row an expert: gate, up and down with their scales.
-
-    [] where they do not lie one behind the other: then they cannot be fetched one by one.
+    """The same as they lie in their files, of one row an expert: gate, up and down with their
+    scales, one expert behind the other. Raises FormatError where they do not.
     """
     found = []
-    for op in (op for op in ops.ops if isinstance(op, Experts)):
-        size = expert_bytes(op, packed.records)
-        file = packed.records[op.gates[0]].file
-        starts = [packed.shards[file].offset(name + ".planes") for name in op.gates]
-        if size is None or starts != [starts[0] + i * size for i in range(len(starts))]:
-            return []
-        found.append(Rows(op.gates[0], file, starts[0], len(starts), size, 1, size))
+    for sized in expert_sizes(ops, packed.records):
+        name, size = sized.size.name, sized.size.block_bytes
+        file = packed.records[name].file
+        gates = sized.names[::3]
+        starts = [packed.shards[file].offset(gate + ".planes") for gate in gates]
+        if starts != [starts[0] + i * size for i in range(len(starts))]:
+            raise FormatError(
+                f"{packed.path / file}: the experts of {name} do not lie one behind the other; "
+                "convert the model again"
+            )
+        found.append(Rows(name, file, starts[0], len(starts), size, 1, size))
     return found
 
 

@@ -29,6 +29,20 @@ class Use:
 
 
 @dataclass(frozen=True)
+class BankSize:
+    """A bank: equal blocks, of which any may be wanted; wanted: the share that a token wants."""
+
+    name: str
+    n_blocks: int
+    block_bytes: int
+    wanted: float = 1.0
+
+    @property
+    def total(self) -> int:
+        return self.n_blocks * self.block_bytes
+
+
+@dataclass(frozen=True)
 class Plan:
     """What a budget is spent on.
 
@@ -36,8 +50,9 @@ class Plan:
     pinned    matrices whose planes stay
     places    of the others, in the order of use: where in the window they are read to
     window    bytes
-    missed    bytes that a dense forward reads from flash
-    slots     of banks in channel order: how many blocks may stay
+    missed    bytes that a forward of one token reads from flash; of banks, what is to be expected
+    banks     of channels or experts, from which each token wants what it needs
+    slots     how many blocks of each may stay
     slot_bytes, staging  of all slots, and of the memory through which the other blocks pass
     """
 
@@ -48,6 +63,7 @@ class Plan:
     places: Mapping[str, int]
     window: int
     missed: int
+    banks: tuple[BankSize, ...] = ()
     slots: Mapping[str, int] = field(default_factory=dict)
     slot_bytes: int = 0
     staging: int = 0
@@ -106,19 +122,6 @@ def _too_little(budget: int, needed: Mapping[str, int]) -> BudgetError:
     )
 
 
-@dataclass(frozen=True)
-class BankSize:
-    """A bank in channel order: equal blocks, of which any may be wanted."""
-
-    name: str
-    n_blocks: int
-    block_bytes: int
-
-    @property
-    def total(self) -> int:
-        return self.n_blocks * self.block_bytes
-
-
 def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]) -> Plan:
     """All blocks where they fit; else as many of each bank as its share, and room through which two
     uses pass: one is multiplied while the next is read. Raises BudgetError like solve.
@@ -128,7 +131,7 @@ def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]
     rest = budget - needed
     if rest >= total:
         slots = {bank.name: bank.n_blocks for bank in banks}
-        return Plan(budget, fixed, (), 0, {}, 0, 0, slots, total, 0)
+        return Plan(budget, fixed, (), 0, {}, 0, 0, tuple(banks), slots, total, 0)
     staging = 2 * max(bank.total for bank in banks)
     if rest < staging:
         raise _too_little(budget, {**fixed, "blocks": min(staging, total)})
@@ -138,7 +141,10 @@ def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]
         for bank in banks
     }
     held = sum(slots[bank.name] * bank.block_bytes for bank in banks)
-    return Plan(budget, fixed, (), 0, {}, 0, total - held, slots, held, staging)
+    missed = sum(
+        bank.wanted * (bank.n_blocks - slots[bank.name]) * bank.block_bytes for bank in banks
+    )
+    return Plan(budget, fixed, (), 0, {}, 0, round(missed), tuple(banks), slots, held, staging)
 
 
 def _spread(uses: Sequence[Use], room: int) -> tuple[set[str], int]:

@@ -66,6 +66,11 @@ class Executor(Protocol):
     def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32: ...
 
 
+def probe_bytes(vocabulary: int) -> int:
+    """Of the logits that a calibration compares at a time."""
+    return _SCORED * vocabulary * 4
+
+
 def own_text() -> str:
     """A small text of many kinds, for models whose owner gives none."""
     return resources.files("elute.runtime").joinpath("calibration_text.txt").read_text("utf-8")
@@ -177,8 +182,9 @@ def _probe(
     def output() -> F32:
         executor.forward(tokens[:-scored], 0)
         logits = executor.forward(tokens[-scored:], tokens.size - scored, all_logits=True)
-        logits -= logits.max(axis=1, keepdims=True)
-        logits -= np.log(np.exp(logits).sum(axis=1, keepdims=True))
+        for row in logits:  # by row: beside these logits there may be little memory
+            row -= row.max()
+            row -= np.log(np.exp(row).sum())
         return logits
 
     executor.sparsify({})
@@ -191,7 +197,8 @@ def _probe(
         threshold = entry.threshold(_PROBE)
         executor.sparsify({name: Threshold(entry.importance, threshold)})
         sparse = output()
-        divergence = float((np.exp(dense) * (dense - sparse)).sum(axis=1).mean())
+        rows = zip(dense, sparse, strict=True)
+        divergence = sum(float((np.exp(p) * (p - q)).sum()) for p, q in rows) / scored
         errors[name] = (threshold, divergence if math.isfinite(divergence) else 0.0)
     return errors
 

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from elute.errors import NOTE, BudgetError, ShapeError
-from elute.flash.plan import BankSize, Plan, Use, solve, solve_banks
+from elute.flash.plan import Plan, Use, solve, solve_banks
 from elute.kernels import kv_cache
 from elute.model.ops import Attention, Experts, OpList
 from elute.runtime.sampler import SOFTMAX_ROWS
@@ -96,14 +97,17 @@ def fit(
     chunk: int,
     n_threads: int,
     logits: int = 0,
+    by_channel: bool = False,
+    sparsity: float = 0.0,
 ) -> Fit:
     """Splits `budget`; `process` is what the process holds before the weights, `logits` what a step
-    of scoring may ask for.
+    of scoring may ask for; by_channel: of a model in channel order, or to be put in it, of whose
+    weights `sparsity` do not count.
 
     Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
     least budget that works.
     """
-    from elute.flash.banks import expert_bytes
+    from elute.flash.banks import channel_sizes, expert_sizes
     from elute.flash.weights import resident_bytes, uses
 
     kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
@@ -126,25 +130,32 @@ def fit(
     }
     if logits:
         fixed["logits"] = scoring_bytes(ops, logits)
-    channels = getattr(packed, "banks", {})
-    sizes = [BankSize(name, bank.n_blocks, bank.block_bytes) for name, bank in channels.items()]
-    if sizes:
-        fixed["weights in panels"] = sum(use.total for use in order)
-        return Fit(solve_banks(budget, fixed, sizes), chosen)
     experts = [op for op in ops.ops if isinstance(op, Experts)]
-    rows = [expert_bytes(op, packed.records) for op in experts]
-    if experts and None not in rows:
+    if by_channel and not experts:
+        sizes = channel_sizes(ops, packed.records, sparsity)
+        in_banks = {name for size in sizes for name in size.names}
+        fixed["weights in panels"] = _planes(order, in_banks)
+        return Fit(solve_banks(budget, fixed, [size.size for size in sizes]), chosen)
+    sizes = expert_sizes(ops, packed.records)
+    if sizes:
         names = {name for op in experts for name in op.matrices()}
         parts = [part for name in names for part in packed.records[name].parts()]
-        fixed["resident weights"] -= sum(p.stored_bytes for p in parts if p.suffix != ".planes")
-        fixed["other layers"] = sum(use.total for use in order if use.names[0] not in names)
-        sizes = [
-            BankSize(op.gates[0], len(op.gates), row)
-            for op, row in zip(experts, rows, strict=True)
-            if row is not None
-        ]
-        return Fit(solve_banks(budget, fixed, sizes), chosen)
+        scales = sum(part.stored_bytes for part in parts if part.suffix != ".planes")
+        rest = {**fixed, "resident weights": fixed["resident weights"] - scales}
+        rest["other layers"] = _planes(order, names)
+        try:
+            return Fit(solve_banks(budget, rest, [size.size for size in sizes]), chosen)
+        except BudgetError as error:
+            log.info("%s; so experts pass through a window instead", error)
     plan = solve(budget, fixed, order)
     if plan.places and experts:
-        log.log(NOTE, "memory: experts that do not stay are read for every token, picked or not")
+        log.log(
+            NOTE,
+            "memory: too little to hold two layers of experts, so all of them are read for every "
+            "token, picked or not",
+        )
     return Fit(plan, chosen)
+
+
+def _planes(order: Sequence[Use], without: Collection[str]) -> int:
+    return sum(use.total for use in order if use.names[0] not in without)
