@@ -587,6 +587,17 @@ def _fitted(
             plan.missed / 1e6,
             plan.window / 1e6,
         )
+    if plan.staging:
+        disk = measured(packed.largest_shard, folder=folder)
+        weights = FlashWeights(
+            packed,
+            ops,
+            plan,
+            request_bytes=disk.request_bytes,
+            gap_bytes=disk.gap_bytes,
+            sums=sums,
+        )
+        return weights, found.context, kernels
     if not plan.places:  # read once: not worth a measurement
         return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels
     disk = measured(packed.largest_shard, folder=folder)

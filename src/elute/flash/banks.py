@@ -19,7 +19,7 @@ from elute.formats.page_sums import PageSums
 from elute.model.ops import Experts, Linear, OpList, RmsNorm
 from elute.types import U8
 
-DEPTH = 32  # small requests: measured disks need more of them in flight than large ones
+DEPTH = 64  # small requests: measured disks need more of them in flight than large ones
 REQUEST_BYTES = 1 << 20
 # Reading this much more costs what a request costs by itself (some 9 us at 1.3 GB/s).
 GAP_BYTES = 12 << 10
