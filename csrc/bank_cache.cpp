@@ -16,6 +16,11 @@ namespace {
 
 using Clock = std::chrono::steady_clock;
 
+enum Kind { kRead, kWait, kRelease };  // as in WeightStream::EventKind
+int64_t nanoseconds(Clock::time_point at) {
+  return std::chrono::duration_cast<std::chrono::nanoseconds>(at.time_since_epoch()).count();
+}
+
 bool has(const uint64_t* words, int row) { return !words || (words[row / 64] >> (row % 64) & 1); }
 
 }  // namespace
@@ -115,6 +120,7 @@ BankCache::Figures BankCache::figures() const {
 
 void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const uint64_t* ahead) {
   const Clock::time_point started = Clock::now();
+  if (sequence > 0) note(kRelease, sequence - 1, nanoseconds(started), nanoseconds(started));
   const int bank = uses_[use].bank, half_index = static_cast<int>(sequence & 1);
   Half &half = halves_[half_index], &other = halves_[1 - half_index];
   wanted_blocks(bank, wanted);
@@ -131,6 +137,8 @@ void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const ui
   }
   figures_.blocks += static_cast<int64_t>(blocks_.size());
   plan_reads(half, bank, false, kAllRuns);
+  if (in_flight_ == 0) first_read_ns_ = nanoseconds(Clock::now());
+  const bool reads = in_flight_ > 0 || !runs_.empty();
   size_t next = 0;
   const auto submit_more = [&] {
     while (next < runs_.size() && in_flight_ < reader_->depth()) submit(runs_[next++], half);
@@ -142,7 +150,10 @@ void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const ui
     if (!failed_) submit_more();
   }
   place(half, bank);
-  figures_.waited_s += std::chrono::duration<double>(Clock::now() - started).count();
+  const Clock::time_point ready = Clock::now();
+  if (reads) note(kRead, sequence, first_read_ns_, nanoseconds(ready));
+  note(kWait, sequence, nanoseconds(started), nanoseconds(ready));
+  figures_.waited_s += std::chrono::duration<double>(ready - started).count();
   if (!failed_) predict(sequence + 1, (use + 1) % n_uses(), ahead);
 }
 
@@ -323,7 +334,20 @@ void BankCache::predict(int64_t sequence, int use, const uint64_t* ahead) {
         blocks_.push_back(block);
   }
   plan_reads(half, bank, true, reader_->depth());
+  first_read_ns_ = nanoseconds(Clock::now());
   for (const Run& run : runs_) submit(run, half);
+}
+
+void BankCache::note(int kind, int64_t sequence, int64_t start_ns, int64_t end_ns) {
+  if (events_.size() < kEvents) events_.resize(events_.size() + 1);
+  events_[next_event_++ % kEvents] = {kind, sequence, start_ns, end_ns};
+}
+
+std::vector<std::array<int64_t, 4>> BankCache::events() const {
+  const size_t oldest = events_.size() < kEvents ? 0 : next_event_ % kEvents;
+  std::vector<std::array<int64_t, 4>> found(events_.begin() + static_cast<std::ptrdiff_t>(oldest), events_.end());
+  found.insert(found.end(), events_.begin(), events_.begin() + static_cast<std::ptrdiff_t>(oldest));
+  return found;
 }
 
 void BankCache::fail(const std::string& what) {

@@ -3,6 +3,7 @@
 #pragma once
 #include <sys/types.h>
 
+#include <array>
 #include <atomic>
 #include <cstdint>
 #include <memory>
@@ -81,6 +82,9 @@ class BankCache {
 
   std::string failure() const { return failed_.load(std::memory_order_acquire) ? failure_ : std::string(); }
   Figures figures() const;  // between forwards
+  // What happened of late, oldest first, as WeightStream::Event: kind, sequence (forward * n_uses + use), start, end in ns.
+  // Between forwards.
+  std::vector<std::array<int64_t, 4>> events() const;
   // The rows that a use wanted last, as bits. Between forwards.
   const std::vector<uint64_t>& last(int use) const { return last_[use]; }
   std::string_view reader() const { return reader_ ? reader_->name() : "none"; }
@@ -127,6 +131,7 @@ class BankCache {
   void admit(const Half& half);
   void place(const Half& half, int bank);
   void predict(int64_t sequence, int use, const uint64_t* ahead);
+  void note(int kind, int64_t sequence, int64_t start_ns, int64_t end_ns);
   void fail(const std::string& what);
 
   const std::vector<std::string> paths_;
@@ -154,6 +159,10 @@ class BankCache {
   std::vector<int> blocks_;          // that are wanted
   std::vector<int> order_, victims_; // of admission
   std::mt19937_64 random_{1};
+  static constexpr size_t kEvents = 8192;
+  std::vector<std::array<int64_t, 4>> events_;  // a ring
+  size_t next_event_ = 0;
+  int64_t first_read_ns_ = 0;                   // of the reads for the use that is next
   Figures figures_;                   // of the thread that claims a use
   std::atomic<int64_t> waited_ns_{0};  // of the others
   std::string failure_;

@@ -118,6 +118,14 @@ void bind_banks(nb::module_& m) {
              return told;
            },
            "Since it was opened; between forwards.")
+      .def("events",
+           [](const BankCache& c) {
+             const auto found = c.events();
+             auto copy = std::make_unique_for_overwrite<int64_t[]>(4 * found.size());
+             for (size_t i = 0; i < found.size(); ++i) std::copy(found[i].begin(), found[i].end(), copy.get() + 4 * i);
+             return owned_array(std::move(copy), {found.size(), size_t{4}});
+           },
+           "As WeightStream.events, a piece being a use; between forwards.")
       .def("last",
            [](const BankCache& c, int use) {
              if (use < 0 || use >= c.n_uses()) throw std::invalid_argument("banks: a use of none");

@@ -35,7 +35,7 @@ def measure(
         for _ in session.generate(prompt, sampler, max_tokens=tokens):
             marks.append((time.perf_counter(), *model.flash.figures()))
         (start, read, waited), (end, read_end, waited_end) = marks[0], marks[-1]
-        pieces = len(model.flash.plan.places)
+        pieces = model.flash.pieces
         line = token_timeline(model.flash.events(), pieces) if pieces else None
         timed = len(marks) - 1
         return {

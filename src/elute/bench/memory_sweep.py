@@ -117,28 +117,28 @@ def sweep(
     for done, budget in enumerate(sorted(budgets)):
         if progress is not None:
             progress(done, len(budgets))
-        plans: list[dict[str, Any]] = []
+        plans: list[list[dict[str, Any]]] = [[] for _ in sparsities]
         ours: list[list[dict[str, Any]]] = [[] for _ in sparsities]
         theirs: list[float] = []
         with MemoryGroup(budget) if limited else NoGroup() as group:
             for _ in range(runs):
-                plans.append(foretold(packed, budget, context, threads))
-                for sparsity, found in zip(sparsities, ours, strict=True):
+                for sparsity, told, found in zip(sparsities, plans, ours, strict=True):
+                    told.append(foretold(packed, budget, context, threads, sparsity))
                     found.append(
                         elute_run(group, packed, budget, context, tokens, threads, sparsity)
                     )
                 if rival is not None:
                     theirs.append(rival_run(group, rival, threads))
-        bound = statistics.median(plan["bound_tok_s"] for plan in plans)
-        predicted = statistics.median(plan["tok_s"] for plan in plans)
+        bounds = [statistics.median(plan["bound_tok_s"] for plan in told) for told in plans]
+        rates = [statistics.median(plan["tok_s"] for plan in told) for told in plans]
         timeline = timeline or ours[0][-1]["timeline"]
         rows = tuple(
             {
                 "memory_bytes": budget,
                 "sparsity": sparsity,
                 "tok_s": round(statistics.median(run["tok_s"] for run in found), 4),
-                "predicted_tok_s": round(predicted, 4),
-                "bound_tok_s": round(bound, 4),
+                "predicted_tok_s": round(rates[i], 4),
+                "bound_tok_s": round(bounds[i], 4),
                 "read_bytes_per_token": round(
                     statistics.median(run["read_bytes_per_token"] for run in found)
                 ),
@@ -146,10 +146,10 @@ def sweep(
                 "peak_bytes": max(run["peak_bytes"] for run in found),
                 "page_cache_bytes": found[-1]["page_cache_bytes"],
             }
-            for sparsity, found in zip(sparsities, ours, strict=True)
+            for i, (sparsity, found) in enumerate(zip(sparsities, ours, strict=True))
         )
         rate = round(statistics.median(theirs), 4) if theirs else None
-        points.append(SweepPoint(budget, bound, predicted, rows, rate))
+        points.append(SweepPoint(budget, bounds[0], rates[0], rows, rate))
     if progress is not None:
         progress(len(budgets), len(budgets))
     settings = {"context": context, "tokens": tokens, "runs": runs, "limited": limited}
@@ -198,10 +198,12 @@ def rival_run(group: MemoryGroup | NoGroup, rival: Rival, threads: int | None) -
         ) from None
 
 
-def foretold(packed: Path, memory: int, context: int, threads: int | None) -> dict[str, Any]:
+def foretold(
+    packed: Path, memory: int, context: int, threads: int | None, sparsity: float
+) -> dict[str, Any]:
     """The forecast, in a process of its own, which holds what a run does; outside the group, whose
     memory the measurement of the ceilings does not fit."""
     command = [sys.executable, "-m", "elute.bench.memory_plan", str(packed), str(memory)]
-    told = run_command([*command, str(context), str(threads or 0)])
+    told = run_command([*command, str(context), str(threads or 0), str(sparsity)])
     answer: dict[str, Any] = json.loads(told.splitlines()[-1])
     return answer

@@ -171,6 +171,6 @@ def _table(found: Sweep) -> str:
             theirs = "" if point.llama_cpp_tok_s is None else f"{point.llama_cpp_tok_s:.2f}"
             lines.append(
                 f"{point.memory_bytes / 1e6:>7.0f} MB{row['sparsity']:>10g}{row['tok_s']:>9.2f}"
-                f"{point.predicted_tok_s:>10.2f}{point.bound_tok_s:>9.2f}{theirs:>11}"
+                f"{row['predicted_tok_s']:>10.2f}{row['bound_tok_s']:>9.2f}{theirs:>11}"
             )
     return "\n".join(line.rstrip() for line in lines)

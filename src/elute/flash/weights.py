@@ -84,6 +84,7 @@ class FlashWeights:
                 size += bank.part().stored_bytes
         self._predictor, self._bank_depth, self._gap_bytes = predictor, bank_depth, gap_bytes
         self._banks: _native.BankCache | None = None
+        self._n_uses = 0
         self._memory = pages(size)
         self._window = pages(plan.window) if plan.places else None
         loading = self._open(pieces, self._memory)
@@ -163,6 +164,7 @@ class FlashWeights:
             ]
             self._banks = banks.loaded_banks(packed, uses, arrays)
             return self._banks
+        self._n_uses = len(uses)
         reader, _, request_bytes, direct = self._options
         self._banks = banks.cached_banks(
             packed,
@@ -211,7 +213,14 @@ class FlashWeights:
     def events(self) -> npt.NDArray[np.int64]:
         """What the stream did of late, i64 [n, 4]: see WeightStream.events in _native.pyi."""
         nothing = np.zeros((0, 4), np.int64)
+        if self._banks is not None:
+            return self._banks.events()
         return self._stream.events() if self._stream is not None else nothing
+
+    @property
+    def pieces(self) -> int:
+        """Of a forward, as events count them."""
+        return self._n_uses if self.plan.staging else len(self.plan.places)
 
     def _piece(self, name: str, part: Part, at: int) -> tuple[int, int, int, int]:
         whole_bank = part.suffix == ".channels"
