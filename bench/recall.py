@@ -44,7 +44,7 @@ def main() -> None:
     tokenizer = Tokenizer.from_files(packed.tokenizer_files())
     own, _ = text_tokens(tokenizer, calibration.own_text())
     text = own if given.text is None else text_tokens(tokenizer, given.text.read_text())[0]
-    scores = calibration.saved(packed)
+    scores = calibration.saved(packed, ops)
     if scores is None:
         ones = calibration.importances(packed, ops)
         scores = calibration.calibrate(Executor(ops, packed), ops, ones, own)

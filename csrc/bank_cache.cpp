@@ -128,7 +128,10 @@ void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const ui
   std::vector<uint64_t>& last = last_[use];
   if (wanted) std::copy(wanted, wanted + last.size(), last.begin());
   else std::fill(last.begin(), last.end(), ~uint64_t{0});
-  if (half.sequence != sequence) take(half, sequence, bank);
+  if (half.sequence != sequence) {
+    while (in_flight_ > 0) reap();  // nothing may be read into what is given away
+    take(half, sequence, bank);
+  }
   if (other.bank == bank) admit(other);  // may evict what is wanted now: before it is known what is missing
   for (int block : blocks_) {
     const bool cached = states_[bank].slot_of[block] != kNowhere;

@@ -69,7 +69,7 @@ class BankCache {
   static int64_t least_half(const std::vector<Bank>& banks);
 
   // Returns when the wanted rows of use `use` of forward number `forward` are in memory, or reading has failed: rows(bank)
-  // then says where, until the use after the next one begins. wanted: bit r % 64 of word r / 64; null: all. Any thread, all
+  // then says where, until the next use's demand returns. wanted: bit r % 64 of word r / 64; null: all. Any thread, all
   // with the same arguments; who comes late finds it done. Forwards count from 0 and use the uses in order.
   // ahead: what the next use, of as many rows, will probably want; null: as its Use says.
   void demand(int64_t forward, int use, const uint64_t* wanted, const uint64_t* ahead = nullptr);

@@ -20,7 +20,9 @@ struct ChannelMask {
 
 // Histograms of scores: a bin for the exponent and the upper 4 bits of the fraction, so each is some 6 % wide.
 constexpr int kScoreBins = 1 << 12;
-inline int score_bin(float score) { return static_cast<int>(std::bit_cast<uint32_t>(score) >> 19); }
+inline int score_bin(float score) {  // a NaN may carry a sign
+  return static_cast<int>((std::bit_cast<uint32_t>(score) & 0x7fffffffu) >> 19);
+}
 
 // squares[k]: the sum of w[n, k]^2 over the outputs; the same bits at every level of instructions. codes: scratch of
 // panel_codes_bytes(w.k), 64-byte aligned.

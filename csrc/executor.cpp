@@ -81,8 +81,8 @@ void Executor::set_mask(int mask, std::vector<float> importance, float threshold
 }
 void Executor::observe(bool on) {
   observing_ = on;
-  if (!on) return;
   histograms_.clear();
+  if (!on) return;
   for (size_t i = 0; i < masks_.size() * n_threads(); ++i) histograms_.emplace_back(kScoreBins * int64_t{sizeof(int64_t)});
 }
 std::vector<int64_t> Executor::histogram(int mask) const {

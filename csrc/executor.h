@@ -117,7 +117,7 @@ class Executor {
   // `stream`, counted in the order of use; -1: in memory. The stream must outlive the executor.
   void stream(WeightStream& stream, const std::vector<int>& pieces);
 
-  // Between forwards: from the next one on. Counting begins anew with each observe(true).
+  // Between forwards: from the next one on. What was counted since observe(true) is there until observe(false).
   void set_mask(int mask, std::vector<float> importance, float threshold);
   void observe(bool on);
   std::vector<int64_t> histogram(int mask) const;  // [kScoreBins]

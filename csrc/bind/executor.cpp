@@ -104,6 +104,8 @@ class BoundExecutor {
   void set_mask(int mask, std::vector<float> importance, float threshold) {
     want(finished_, "set_mask: not finished");
     want(importance.empty() || static_cast<int>(importance.size()) == mask_width(mask), "set_mask: importance");
+    for (float value : importance) want(value >= 0, "set_mask: importance");
+    want(threshold >= 0, "set_mask: threshold");
     executor_->set_mask(mask, std::move(importance), threshold);
   }
   void observe(bool on) {

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from elute.quantize.recipe import Recipe
     from elute.types import WeightSource
 
-__all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "load"]
+__all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "calibrate", "load"]
 
 log = logging.getLogger(__name__)
 
@@ -398,7 +398,7 @@ def load(
             context,
             ops.context,
         )
-    scores = calibration.saved(packed) if sparsity else None
+    scores = calibration.saved(packed, ops) if sparsity else None
     if sparsity and scores is None and memory is not None:
         score_bytes = max(score_bytes or 0, calibration.probe_bytes(ops.vocabulary))
     weights: WeightSource = packed
@@ -438,7 +438,10 @@ def load(
         tokens, _ = text_tokens(tokenizer, calibration.own_text())
         ones = calibration.importances(packed, ops)
         scores = calibration.calibrate(executor, ops, ones, tokens, progress=progress)
-        calibration.save(packed, scores)
+        if executor.context >= min(ops.context, calibration.WINDOW):
+            calibration.save(packed, scores)
+        else:  # of less than others would measure: theirs should not hang on this
+            log.log(NOTE, "sparsity: not kept, since a context of %d is short", executor.context)
     if scores is not None:
         executor.sparsify(thresholds(scores, sparsity))
     return Model(

@@ -1,5 +1,6 @@
 """Contextual sparsity in the executor, and the measurement that it needs."""
 
+import dataclasses
 import json
 import logging
 
@@ -10,6 +11,7 @@ from test_executor import made, relative_error, some_tokens  # noqa: F401
 from tiny_folder import save_tiny_folder
 
 import elute
+from elute.api import calibrate
 from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import Threshold, thresholds
 from elute.kernels.lut_matmul import reference as lut_matmul
@@ -161,10 +163,10 @@ def test_what_was_saved_is_what_was_measured(packed):
     tokens = some_tokens(300, ops.vocabulary).tolist()
     norms = calibration.importances(packed, ops)
     scores = calibration.calibrate(executor, ops, norms, tokens)
-    assert calibration.saved(packed) is None
+    assert calibration.saved(packed, op_list(packed.config)) is None
     calibration.save(packed, scores)
-    found = calibration.saved(packed)
-    assert list(found) == sorted(scores)
+    found = calibration.saved(packed, op_list(packed.config))
+    assert list(found) == list(scores)
     for name, entry in scores.items():
         assert np.array_equal(found[name].importance, entry.importance)
         assert np.array_equal(found[name].histogram, entry.histogram)
@@ -200,7 +202,7 @@ def test_a_broken_calibration_is_one_sentence(packed, spoil):
         size = int.from_bytes(header[:8], "little")
         save_file(arrays, path, json.loads(header[8 : 8 + size])["__metadata__"])
     with pytest.raises(FormatError, match=r"wanted a calibration; remove it"):
-        calibration.saved(packed)
+        calibration.saved(packed, op_list(packed.config))
 
 
 def test_a_calibration_of_another_model_is_made_anew(packed, tmp_path, caplog):
@@ -209,7 +211,52 @@ def test_a_calibration_of_another_model_is_made_anew(packed, tmp_path, caplog):
     tokens = some_tokens(128, ops.vocabulary).tolist()
     scores = calibration.calibrate(executor, ops, calibration.importances(packed, ops), tokens)
     calibration.save(packed, scores)
-    manifest = packed.path / "elute.json"
-    manifest.write_text(manifest.read_text() + " ")
-    assert calibration.saved(packed) is None
+    packed = dataclasses.replace(packed, source="another")
+    assert calibration.saved(packed, op_list(packed.config)) is None
     assert "made for another model or version" in caplog.text
+
+
+def test_both_orders_of_a_model_share_a_calibration(folder, tmp_path):
+    """So the answer within a budget is that of the resident path, whoever measured."""
+    text = "the rain in the hills fell on the dog and the cat while the mat sat on " * 20
+    path, _ = calibrate(folder, text=text, weighted=True, cache_dir=tmp_path)
+    with elute.load(folder, sparsity=0.6, cache_dir=tmp_path, context=128) as model:
+        resident = model.executor.forward(np.arange(20, dtype=np.int32), 0, all_logits=True)
+    limited = elute.load(
+        folder, sparsity=0.6, cache_dir=tmp_path, context=128, memory="900M", threads=1
+    )
+    with limited as model:
+        assert model.path != path.parent
+        within = model.executor.forward(np.arange(20, dtype=np.int32), 0, all_logits=True)
+    assert np.array_equal(within, resident)
+    assert [found.parent for found in tmp_path.rglob(calibration.FILE)] == [path.parent]
+
+
+def test_a_score_that_is_no_number_is_counted_somewhere(made):  # noqa: F811
+    ops, source, _ = made("llama")
+    executor = Executor(ops, source)
+    found = some_thresholds(ops, source)
+    huge = {name: Threshold(t.importance * np.float32(1e38), 0.0) for name, t in found.items()}
+    executor.sparsify(huge)
+    with executor.observed():
+        executor.forward(some_tokens(8, ops.vocabulary), 0)
+        assert executor.histogram(executor.inputs[0]).sum() == 8 * 64
+
+
+def test_thresholds_that_are_none_are_refused(made):  # noqa: F811
+    ops, source, _ = made("llama")
+    executor = Executor(ops, source)
+    name = executor.inputs[0]
+    good = some_thresholds(ops, source)[name]
+    with pytest.raises(ShapeError, match=r"wanted one of Executor\.inputs"):
+        executor.sparsify({"nothing": good})
+    for value in (-1.0, np.nan, np.inf):
+        with pytest.raises(ShapeError, match="wanted a number from 0"):
+            executor.sparsify({name: Threshold(good.importance, value)})
+
+
+def test_a_context_too_short_to_measure_in_is_refused(packed):
+    ops = op_list(packed.config)
+    executor = Executor(ops, packed, context=64)
+    with pytest.raises(ShapeError, match="context: found 64 tokens, wanted 128 or more"):
+        calibration.calibrate(executor, ops, calibration.importances(packed, ops), [1] * 300)

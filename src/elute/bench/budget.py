@@ -27,7 +27,7 @@ from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
 from elute.model.families import op_list
-from elute.model.ops import Head, Linear, OpList
+from elute.model.ops import Experts, Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.threads import default_threads
@@ -91,21 +91,23 @@ CHANNELS_S, ACTIVE_S = 0.13, 1.35
 
 
 def _predict_banks(plan: Plan, pace: Pace, flash: Disk, sparsity: float) -> Prediction:
-    """What is wanted is known when its input is, so reading and computing take turns. Any block is
-    as likely to be wanted as another, and to be there."""
+    """What is wanted is known when its input is, so reading and computing take turns, as far as it
+    cannot be foreseen. Any block that is not kept is as likely to be wanted as another."""
     by_channel = bool(sparsity) or any(bank.wanted == 1 for bank in plan.banks)
     layers_s = pace.layers_s
     if by_channel:
         layers_s *= CHANNELS_S + ACTIVE_S * (1 - sparsity)
-    waited = 0.0
+    flash_s, foreseen = 0.0, 0.0
     for bank in plan.banks:
-        share = bank.wanted * (1 - plan.slots[bank.name] / bank.n_blocks)
+        away, share = bank.n_blocks - plan.slots[bank.name], bank.wanted
         # Small gaps are read along with what lies around them.
         gap = GAP_BYTES // bank.block_bytes
-        reads = bank.n_blocks * share * (1 - share) ** (gap + 1) + share
+        reads = away * share * (1 - share) ** (gap + 1) + share
         along = sum(k * share * (1 - share) ** k for k in range(1, gap + 1))
-        n_bytes = bank.n_blocks * share * (1 + along) * bank.block_bytes
-        waited += flash.latency_s + reads * flash.request_s + n_bytes / flash.bytes_s
+        n_bytes = away * share * (1 + along) * bank.block_bytes
+        flash_s += flash.latency_s + reads * flash.request_s + n_bytes / flash.bytes_s
+        foreseen += share / len(plan.banks)
+    waited = max(0.0, flash_s - foreseen * layers_s)
     return Prediction(1 / (layers_s + pace.rest_s + waited), plan.missed, waited, plan.total)
 
 
@@ -204,10 +206,12 @@ def forecast(
     cache_dir: Path | None = None,
     held: int | None = None,
     sparsity: float = 0.0,
+    by_channel: bool = False,
 ) -> Forecast:
     """The plan that `load` would make, and the rates of this machine that it leads to.
 
-    sparsity    with it, a model that is not a packed folder of panels is one in channel order
+    sparsity    the share of weights that does not count
+    by_channel  whether `load` would put the model in channel order first
 
     flash_gb_s  measured when None: on the model's own files, or where it would be packed to
     cache_dir   where that is; formats.sources.cache_dir() when None
@@ -239,7 +243,7 @@ def forecast(
         cache_type=cache_type,
         chunk=executor.CHUNK,
         n_threads=n_threads,
-        by_channel=sparsity > 0 or bool(getattr(packed, "banks", {})),
+        by_channel=by_channel or bool(getattr(packed, "banks", {})),
         sparsity=sparsity,
     )
     if flash_gb_s is not None:
@@ -267,6 +271,8 @@ def forecast(
 def touched_bytes(ops: OpList, packed: Recorded) -> int:
     """Planes, scales and offsets that one token reads: of all matrices but the embedding."""
     linear = [name for op in ops.ops if isinstance(op, Linear) for name in op.weights]
+    for op in (op for op in ops.ops if isinstance(op, Experts)):
+        linear += op.matrices()[: 3 * op.top_k]  # of as many experts as a token picks
     head = [op.weight for op in ops.ops if isinstance(op, Head)]
     return sum(
         part.n_bytes

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -54,7 +55,7 @@ def command(
     from elute.cli.screen import Screen, answer_json
     from elute.errors import BudgetError
     from elute.formats.packed import PackedModel
-    from elute.runtime.store import foresee_packed
+    from elute.runtime.store import foresee_packed, is_packed
 
     held = psutil.Process().memory_info().rss
     with Screen(quiet=quiet) as screen:
@@ -71,6 +72,7 @@ def command(
                 flash_gb_s=flash_gb_s,
                 held=held,
                 sparsity=sparsity,
+                by_channel=sparsity > 0 and not is_packed(Path(model)),
             )
         except BudgetError as error:
             click.echo(f"error: {error}", err=True)

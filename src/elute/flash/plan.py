@@ -132,7 +132,7 @@ def solve_banks(budget: int, fixed: Mapping[str, int], banks: Sequence[BankSize]
     if rest >= total:
         slots = {bank.name: bank.n_blocks for bank in banks}
         return Plan(budget, fixed, (), 0, {}, 0, 0, tuple(banks), slots, total, 0)
-    staging = 2 * max(bank.total for bank in banks)
+    staging = 2 * max((bank.total for bank in banks), default=0)
     if rest < staging:
         raise _too_little(budget, {**fixed, "blocks": min(staging, total)})
     room = rest - staging

@@ -11,7 +11,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elute import _native
-from elute.errors import NOTE, DeviceError
+from elute.errors import NOTE, DeviceError, UnsupportedError
 from elute.flash import banks
 from elute.flash.banks import Predictor
 from elute.flash.page_cache import forget
@@ -85,6 +85,7 @@ class FlashWeights:
         self._predictor, self._bank_depth, self._gap_bytes = predictor, bank_depth, gap_bytes
         self._banks: _native.BankCache | None = None
         self._n_uses = 0
+        self._claimed = False
         self._memory = pages(size)
         self._window = pages(plan.window) if plan.places else None
         loading = self._open(pieces, self._memory)
@@ -164,6 +165,7 @@ class FlashWeights:
             ]
             self._banks = banks.loaded_banks(packed, uses, arrays)
             return self._banks
+        self._claim()
         self._n_uses = len(uses)
         reader, _, request_bytes, direct = self._options
         self._banks = banks.cached_banks(
@@ -183,6 +185,18 @@ class FlashWeights:
         )
         return self._banks
 
+    def _claim(self) -> None:
+        """Window and slots are one executor's: a second one would overwrite what the first reads.
+
+        Raises UnsupportedError for a second.
+        """
+        if self._claimed:
+            raise UnsupportedError(
+                f"{self._packed.path}: found a second executor on weights that come from flash, "
+                "wanted one; open the weights again for it"
+            )
+        self._claimed = True
+
     @property
     def banks(self) -> _native.BankCache | None:
         """What open_banks gave last, for its figures."""
@@ -193,6 +207,7 @@ class FlashWeights:
         if not self.plan.places:
             return
         assert self._window is not None
+        self._claim()
         order = list(self.plan.places)
         pieces = []
         for name in order:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ import numpy.typing as npt
 from elute import _native
 from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import BINS, Scores, Threshold, kind, with_sensitivities
-from elute.formats.packed_layout import MANIFEST
+from elute.formats.packed_layout import CONFIG, MANIFEST, MatrixRecord
 from elute.model.ops import Linear, OpList
 from elute.pack.reorder import dequantized
 from elute.types import F32, I32, I64
@@ -35,6 +36,7 @@ log = logging.getLogger(__name__)
 
 FILE = "sparsity.safetensors"
 VERSION = "1"
+BY_CHANNEL = "-channels"  # what folders of the cache that were written anew by channel end in
 Progress = Callable[[str, int, int], None]
 
 WINDOW = 512  # tokens of a pass, from an empty cache; or what the context holds
@@ -91,20 +93,27 @@ def calibrate(
 
     Raises ShapeError for fewer.
     """
+    if executor.context < MIN_TOKENS:
+        raise ShapeError(
+            f"context: found {executor.context} tokens, wanted {MIN_TOKENS} or more to measure "
+            "what --sparsity needs; use more, or run elute calibrate first"
+        )
     windows = _windows(tokens, executor.context)
     inputs = _inputs(ops)
-    executor.sparsify({name: Threshold(importances[name], 0.0) for name in inputs})
-    with executor.observed():
-        for i, window in enumerate(windows):
-            _tell(progress, "calibrate: scores", i, len(windows))
-            executor.forward(window, 0)
-        histograms = {name: executor.histogram(name) for name in inputs}
-    scores = {
-        name: Scores(importances[name], histograms[name], outputs)
-        for name, outputs in inputs.items()
-    }
-    errors = _probe(executor, scores, windows[0][:_PROBE_TOKENS], progress)
-    executor.sparsify({})
+    try:
+        executor.sparsify({name: Threshold(importances[name], 0.0) for name in inputs})
+        with executor.observed():
+            for i, window in enumerate(windows):
+                _tell(progress, "calibrate: scores", i, len(windows))
+                executor.forward(window, 0)
+            histograms = {name: executor.histogram(name) for name in inputs}
+        scores = {
+            name: Scores(importances[name], histograms[name], outputs)
+            for name, outputs in inputs.items()
+        }
+        errors = _probe(executor, scores, windows[0][:_PROBE_TOKENS], progress)
+    finally:
+        executor.sparsify({})
     return with_sensitivities(scores, errors)
 
 
@@ -229,8 +238,8 @@ def save(packed: PackedModel, scores: Mapping[str, Scores]) -> None:
         arrays[name + ".histogram"] = entry.histogram
         arrays[name + ".outputs_and_sensitivity"] = np.array([entry.outputs, entry.sensitivity])
     content = to_bytes(arrays, {"version": VERSION, "model": _fingerprint(packed)})
-    target = packed.path / FILE
-    partial = packed.path / f"{FILE}.partial-{secrets.token_hex(4)}"
+    target = calibration_file(packed)
+    partial = target.with_name(f"{FILE}.partial-{secrets.token_hex(4)}")
     try:
         try:
             with partial.open("wb") as file:
@@ -247,11 +256,11 @@ def save(packed: PackedModel, scores: Mapping[str, Scores]) -> None:
         )
 
 
-def saved(packed: PackedModel) -> dict[str, Scores] | None:
+def saved(packed: PackedModel, ops: OpList) -> dict[str, Scores] | None:
     """None where there is none for this model. Raises FormatError for a broken file."""
     from safetensors import SafetensorError, safe_open
 
-    path = packed.path / FILE
+    path = calibration_file(packed)
     if not path.is_file():
         return None
     try:
@@ -260,7 +269,13 @@ def saved(packed: PackedModel) -> dict[str, Scores] | None:
             if metadata.get("version") != VERSION or metadata.get("model") != _fingerprint(packed):
                 log.warning("%s: was made for another model or version; made anew", path)
                 return None
-            return {name: _entry(file, name) for name in _names(file.keys())}
+            found = {name: _entry(file, name) for name in _names(file.keys())}
+            widths = {
+                op.weights[0]: ops.registers[op.input] for op in ops.ops if isinstance(op, Linear)
+            }
+            if {name: entry.importance.size for name, entry in found.items()} != widths:
+                raise ValueError("it is of other inputs")
+            return {name: found[name] for name in widths}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise FormatError(
             f"{path}: found a file that cannot be read ({error}), wanted a calibration; remove it, "
@@ -283,7 +298,8 @@ def _entry(file: object, name: str) -> Scores:
         or importance.dtype != np.float32
         or histogram.shape != (BINS,)
         or histogram.dtype != np.int64
-        or not (np.isfinite(importance).all() and histogram.min() >= 0)
+        or not (np.isfinite(importance).all() and importance.min() >= 0)
+        or histogram.min() < 0
         or not (outputs >= 1 and sensitivity > 0 and math.isfinite(sensitivity))
     ):
         raise ValueError(f"{name} has other shapes, types or values")
@@ -291,9 +307,19 @@ def _entry(file: object, name: str) -> Scores:
 
 
 def _fingerprint(packed: PackedModel) -> str:
-    return hashlib.sha256((packed.path / MANIFEST).read_bytes()).hexdigest()
+    """Of what is computed, not of how it is stored: both orders of a model share a calibration."""
+    matrices = {
+        name: [*record.shape, record.bits, record.group_size, str(record.affine), record.zero]
+        for name, record in packed.records.items()
+        if isinstance(record, MatrixRecord)
+    }
+    told = [packed.source, packed.recipe, packed.files[CONFIG].sha256, matrices]
+    return hashlib.sha256(json.dumps(told, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def calibration_file(packed: PackedModel) -> Path:
-    """Where `save` keeps it."""
-    return packed.path / FILE
+    """Where `save` keeps it: of a folder that was written anew by channel into the cache, beside
+    the weights that it was made from, so that there is one of both.
+    """
+    origin = packed.path.with_name(packed.path.name.removesuffix(BY_CHANNEL))
+    return (origin if (origin / MANIFEST).is_file() else packed.path) / FILE

@@ -153,6 +153,13 @@ class Executor:
 
         Inputs that are left out count whole. Forgets what is cached: it was computed otherwise.
         """
+        for name, threshold in thresholds.items():
+            if name not in self._masks:
+                raise ShapeError(f"sparsity: found input {name!r}, wanted one of Executor.inputs")
+            if not 0 <= threshold.value < np.inf:
+                raise ShapeError(
+                    f"sparsity: {name} has threshold {threshold.value}, wanted a number from 0"
+                )
         with self._turn:
             for name, mask in self._masks.items():
                 found = thresholds.get(name)

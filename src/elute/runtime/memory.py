@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from elute.errors import NOTE, BudgetError, ShapeError
 from elute.flash.plan import Plan, Use, solve, solve_banks
 from elute.kernels import kv_cache
-from elute.model.ops import Attention, Experts, OpList
+from elute.model.ops import Attention, Experts, Linear, OpList
 from elute.runtime.sampler import SOFTMAX_ROWS
 
 if TYPE_CHECKING:
@@ -23,6 +23,7 @@ UNITS = {"": 1, "K": 1e3, "M": 1e6, "G": 1e9, "KIB": 1 << 10, "MIB": 1 << 20, "G
 CACHE_TILE = 64  # positions that the cache grows by
 # Thousands of positions fit most uses; a model's own context may take more than its weights.
 DEFAULT_CONTEXT = 4096
+CHANNEL_BYTES = 32  # of a cache of channels: where each is, how often it was wanted, its mask
 HUGE_PAGE = 2 << 20  # what arenas are rounded up to
 # The interpreter's own growth while it answers, allocator arenas and stacks of threads.
 GROWTH_BYTES = 24_000_000
@@ -134,6 +135,7 @@ def fit(
     if by_channel and not experts:
         sizes = channel_sizes(ops, packed.records, sparsity)
         in_banks = {name for size in sizes for name in size.names}
+        fixed["scratch"] += CHANNEL_BYTES * sum(ops.registers[i] for i in _inputs(ops))
         fixed["weights in panels"] = _planes(order, in_banks)
         return Fit(solve_banks(budget, fixed, [size.size for size in sizes]), chosen)
     sizes = expert_sizes(ops, packed.records)
@@ -155,6 +157,10 @@ def fit(
             "token, picked or not",
         )
     return Fit(plan, chosen)
+
+
+def _inputs(ops: OpList) -> list[str]:
+    return [op.input for op in ops.ops if isinstance(op, Linear)]
 
 
 def _planes(order: Sequence[Use], without: Collection[str]) -> int:

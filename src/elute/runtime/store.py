@@ -68,13 +68,14 @@ def open_packed(
     """
     from elute.formats import sources
     from elute.formats.packed import PackedModel
+    from elute.runtime.calibration import BY_CHANNEL
 
     path = packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
     packed = PackedModel.open(path)
     ours = path.parent == (cache_dir or sources.cache_dir()) / "packed"
-    if not by_channel or not ours or has_experts(packed.config):
+    if not by_channel or not ours or not can_reorder(packed):
         return packed
-    target = path.with_name(f"{path.name}-channels")
+    target = path.with_name(path.name + BY_CHANNEL)
     if is_packed(target):
         return PackedModel.open(target)
     log.log(NOTE, "%s: its weights are written anew by channel, once, into %s", model, target)
@@ -127,6 +128,7 @@ def reorder(
     from elute.flash.banks import banks_of
     from elute.model.families import op_list
     from elute.pack import reorder as pack_reorder
+    from elute.runtime import calibration
 
     packed = open_packed(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
     ops = op_list(packed.config)
@@ -142,7 +144,18 @@ def reorder(
         if progress is not None:
             progress("reorder", done, total)
 
-    return pack_reorder.reorder(packed, out, banks_of(ops, layer_group), force=force, progress=told)
+    done = pack_reorder.reorder(packed, out, banks_of(ops, layer_group), force=force, progress=told)
+    scores = calibration.saved(packed, ops)
+    if scores is not None:
+        calibration.save(done, scores)
+    return done
+
+
+def can_reorder(packed: PackedModel) -> bool:
+    """Whether all its layers can be in channel order: no experts, no columns in an order of their
+    own."""
+    ordered = any(getattr(record, "columns", False) for record in packed.records.values())
+    return not packed.banks and not ordered and not has_experts(packed.config)
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
