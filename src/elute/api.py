@@ -369,7 +369,7 @@ def load(
     from elute.runtime import calibration
     from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
-    from elute.runtime.store import open_packed
+    from elute.runtime.store import has_experts, open_packed
 
     check_sparsity(sparsity)
     folder = None if cache_dir is None else Path(cache_dir)
@@ -398,6 +398,8 @@ def load(
             context,
             ops.context,
         )
+    if sparsity and has_experts(packed.config):
+        log.log(NOTE, "sparsity: of attention alone; all weights of a picked expert count")
     scores = calibration.saved(packed, ops) if sparsity else None
     if sparsity and scores is None and memory is not None:
         score_bytes = max(score_bytes or 0, calibration.probe_bytes(ops.vocabulary))

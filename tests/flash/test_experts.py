@@ -116,3 +116,14 @@ def test_a_file_that_cannot_be_read_is_an_error(packed, tmp_path):
     os.truncate(tmp_path / "model" / "model-00001.safetensors", 8192)
     with pytest.raises(DeviceError, match="the file ends before that"):
         executor.forward(PROMPT, 0)
+
+
+def test_sparsity_says_that_it_is_not_of_experts(packed, tmp_path, caplog):
+    import logging
+
+    import elute
+
+    caplog.set_level(logging.INFO, "elute")
+    with elute.load(packed.path, sparsity=0.3, cache_dir=tmp_path) as model:
+        assert model.sparsity == 0.3
+    assert "all weights of a picked expert count" in caplog.text
