@@ -22,10 +22,6 @@ from elute.runtime.session import Executor
 
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
-    from elute.formats.packed import PackedModel
-    from elute.formats.page_sums import PageSums
-    from elute.kernels.registry import Choice
-    from elute.model.ops import OpList
     from elute.quantize.recipe import Recipe
     from elute.types import WeightSource
 
@@ -369,6 +365,7 @@ def load(
     from elute.runtime import calibration
     from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
+    from elute.runtime.limited import limited_weights
     from elute.runtime.store import has_experts, open_packed
 
     check_sparsity(sparsity)
@@ -407,7 +404,7 @@ def load(
     kernels = None
     sums = packed.page_sums() if checked else None
     if memory is not None:
-        weights, context, kernels = _fitted(
+        weights, context, kernels = limited_weights(
             packed,
             ops,
             memory,
@@ -526,92 +523,3 @@ def model_sampling(generation_config: Mapping[str, Any]) -> Sampling:
         return Sampling(**advised)
     except ShapeError as error:
         raise FormatError(f"generation_config.json: {error}") from None
-
-
-def _fitted(
-    packed: PackedModel,
-    ops: OpList,
-    memory: str | int,
-    context: int | None,
-    cache_type: str,
-    threads: int | None,
-    isa: str | None,
-    kernel: str,
-    folder: Path | None,
-    score_bytes: int | None,
-    sums: PageSums | None,
-    sparsity: float,
-) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
-    """Weights, context and kernels within a budget of memory."""
-    import psutil
-
-    from elute.flash.disk import measured
-    from elute.formats.packed_layout import MatrixRecord
-    from elute.kernels import registry
-    from elute.runtime import executor
-    from elute.runtime.memory import fit, parse_size
-    from elute.runtime.threads import default_threads
-
-    budget = parse_size(memory)
-    # Raced before the weights are there: it takes memory of its own for a moment.
-    widths = {r.bits for r in packed.records.values() if isinstance(r, MatrixRecord)}
-    kernels = registry.choose(executor.chosen_isa(isa), widths, kernel, folder=folder)
-    found = fit(
-        packed,
-        ops,
-        budget,
-        process=psutil.Process().memory_info().rss,
-        context=context,
-        cache_type=cache_type,
-        chunk=executor.CHUNK,
-        n_threads=default_threads() if threads is None else threads,
-        logits=score_bytes or 0,
-        by_channel=bool(packed.banks),
-        sparsity=sparsity,
-    )
-    plan = found.plan
-    if plan.places and sparsity:
-        log.log(
-            NOTE,
-            "%s: is in panel order, so weights that do not count are read all the same; elute "
-            "convert --order channels makes a folder that is read by channel",
-            packed.path,
-        )
-    if plan.staging:
-        log.info(
-            "memory: %.0f MB hold %.0f %% of the layers; of the others, what a token needs is read",
-            budget / 1e6,
-            100 * plan.slot_bytes / sum(bank.total for bank in plan.banks),
-        )
-    if plan.places:
-        log.info(
-            "memory: %.0f MB hold %.0f %% of the layers; %.0f MB a token come from flash through "
-            "a window of %.0f MB",
-            budget / 1e6,
-            100 * plan.pinned_bytes / (plan.pinned_bytes + plan.missed),
-            plan.missed / 1e6,
-            plan.window / 1e6,
-        )
-    if plan.staging:
-        disk = measured(packed.largest_shard, folder=folder)
-        weights = FlashWeights(
-            packed,
-            ops,
-            plan,
-            request_bytes=disk.request_bytes,
-            gap_bytes=disk.gap_bytes,
-            sums=sums,
-        )
-        return weights, found.context, kernels
-    if not plan.places:  # read once: not worth a measurement
-        return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels
-    disk = measured(packed.largest_shard, folder=folder)
-    weights = FlashWeights(
-        packed,
-        ops,
-        plan,
-        depth=disk.depth_of(plan.missed // len(plan.places)),
-        request_bytes=disk.request_bytes,
-        sums=sums,
-    )
-    return weights, found.context, kernels

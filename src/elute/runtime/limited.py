@@ -1,0 +1,106 @@
+"""Weights within a budget of memory, read as the plan and the measured disk say."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping
+from pathlib import Path
+
+import psutil
+
+from elute.errors import NOTE
+from elute.flash.disk import measured
+from elute.flash.weights import FlashWeights
+from elute.formats.packed import PackedModel
+from elute.formats.packed_layout import MatrixRecord
+from elute.formats.page_sums import PageSums
+from elute.kernels import registry
+from elute.kernels.registry import Choice
+from elute.model.ops import OpList
+from elute.runtime import executor
+from elute.runtime.memory import fit, parse_size
+from elute.runtime.threads import default_threads
+
+log = logging.getLogger(__name__)
+
+
+def limited_weights(
+    packed: PackedModel,
+    ops: OpList,
+    memory: str | int,
+    context: int | None,
+    cache_type: str,
+    threads: int | None,
+    isa: str | None,
+    kernel: str,
+    folder: Path | None,
+    score_bytes: int | None,
+    sums: PageSums | None,
+    sparsity: float,
+) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
+    """-> weights, context and kernels. Arguments are those of `api.load`, of whose errors it raises
+    BudgetError and DeviceError. Says what was chosen.
+    """
+    budget = parse_size(memory)
+    # Raced before the weights are there: it takes memory of its own for a moment.
+    widths = {r.bits for r in packed.records.values() if isinstance(r, MatrixRecord)}
+    kernels = registry.choose(executor.chosen_isa(isa), widths, kernel, folder=folder)
+    found = fit(
+        packed,
+        ops,
+        budget,
+        process=psutil.Process().memory_info().rss,
+        context=context,
+        cache_type=cache_type,
+        chunk=executor.CHUNK,
+        n_threads=default_threads() if threads is None else threads,
+        logits=score_bytes or 0,
+        by_channel=bool(packed.banks),
+        sparsity=sparsity,
+    )
+    plan = found.plan
+    if plan.places and sparsity:
+        log.log(
+            NOTE,
+            "%s: is in panel order, so weights that do not count are read all the same; elute "
+            "convert --order channels makes a folder that is read by channel",
+            packed.path,
+        )
+    if plan.staging:
+        log.info(
+            "memory: %.0f MB hold %.0f %% of the layers; of the others, what a token needs is read",
+            budget / 1e6,
+            100 * plan.slot_bytes / sum(bank.total for bank in plan.banks),
+        )
+    if plan.places:
+        log.info(
+            "memory: %.0f MB hold %.0f %% of the layers; %.0f MB a token come from flash through "
+            "a window of %.0f MB",
+            budget / 1e6,
+            100 * plan.pinned_bytes / (plan.pinned_bytes + plan.missed),
+            plan.missed / 1e6,
+            plan.window / 1e6,
+        )
+    if plan.staging:
+        disk = measured(packed.largest_shard, folder=folder)
+        weights = FlashWeights(
+            packed,
+            ops,
+            plan,
+            request_bytes=disk.request_bytes,
+            gap_bytes=disk.gap_bytes,
+            sums=sums,
+        )
+        return weights, found.context, kernels
+    if not plan.places:  # read once: not worth a measurement
+        return FlashWeights(packed, ops, plan, sums=sums), found.context, kernels
+    disk = measured(packed.largest_shard, folder=folder)
+    weights = FlashWeights(
+        packed,
+        ops,
+        plan,
+        depth=disk.depth_of(plan.missed // len(plan.places)),
+        request_bytes=disk.request_bytes,
+        sums=sums,
+    )
+    return weights, found.context, kernels
