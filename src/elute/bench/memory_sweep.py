@@ -199,7 +199,7 @@ def rival_run(group: MemoryGroup | NoGroup, rival: Rival, threads: int | None) -
 
 
 def foretold(
-    packed: Path, memory: int, context: int, threads: int | None, sparsity: float
+    packed: Path, memory: int, context: int, threads: int | None, sparsity: float = 0.0
 ) -> dict[str, Any]:
     """The forecast, in a process of its own, which holds what a run does; outside the group, whose
     memory the measurement of the ceilings does not fit."""
