@@ -69,7 +69,7 @@ int Executor::add_channel_matrix(const ChannelMatrix& matrix, BankCache& banks, 
   return static_cast<int>(in_banks_.size()) - 1;
 }
 int Executor::add_rope_table(std::vector<float> inverse_frequencies, float factor) {
-  rope_tables_.push_back({std::move(inverse_frequencies), factor, {}, {}});
+  rope_tables_.push_back({std::move(inverse_frequencies), factor});
   return static_cast<int>(rope_tables_.size()) - 1;
 }
 int Executor::add_mask() {
@@ -96,11 +96,8 @@ void Executor::add_op(Op op) { ops_.push_back(std::move(op)); }
 void Executor::finish(const LookupRows& lookup_rows) {
   plan_steps();
   lookup_rows_ = lookup_rows;
-  for (int width : widths_) registers_.emplace_back(int64_t{chunk_} * width * 4);
-  for (RopeTable& table : rope_tables_) {
-    table.cos.resize(chunk_ * table.inverse_frequencies.size());
-    table.sin.resize(table.cos.size());
-  }
+  add_rows();
+  current_ = rows_[0].get();
   allocate_cache();
   int widest = 0, looked_up = 0;
   for (const MatrixView& m : matrices_) {
@@ -154,42 +151,100 @@ int Executor::embedding_rows() const {
   return 0;
 }
 
-void Executor::forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits) {
-  // Only rows read these, so no late thread of the call before does.
-  for (RopeTable& table : rope_tables_) {
+void Executor::add_rows() {
+  auto rows = std::make_unique<Rows>();
+  for (int width : widths_) rows->registers.emplace_back(int64_t{chunk_} * width * 4);
+  for (const RopeTable& table : rope_tables_) {
+    const size_t size = chunk_ * table.inverse_frequencies.size();
+    rows->turns.push_back({std::vector<float>(size), std::vector<float>(size)});
+  }
+  rows_.push_back(std::move(rows));
+}
+void Executor::set_rows(int n) {
+  while (static_cast<int>(rows_.size()) < n) add_rows();
+}
+
+void Executor::turn(Rows& rows, int position, int n) const {
+  if (rows.position == position && rows.n >= n) return;
+  for (size_t t = 0; t < rope_tables_.size(); ++t) {
+    const RopeTable& table = rope_tables_[t];
     const int half = static_cast<int>(table.inverse_frequencies.size());
     for (int r = 0; r < n; ++r) {
       for (int i = 0; i < half; ++i) {
         // The angle is rounded to f32 as the models' own code rounds it.
         const float angle = static_cast<float>(position + r) * table.inverse_frequencies[i];
-        table.cos[r * half + i] = static_cast<float>(std::cos(double{angle})) * table.factor;
-        table.sin[r * half + i] = static_cast<float>(std::sin(double{angle})) * table.factor;
+        rows.turns[t].cos[r * half + i] = static_cast<float>(std::cos(double{angle})) * table.factor;
+        rows.turns[t].sin[r * half + i] = static_cast<float>(std::sin(double{angle})) * table.factor;
       }
     }
   }
+  rows.position = position;
+  rows.n = n;
+}
+
+void Executor::start(const Rows& rows, const Call& call) {
+  current_.store(&rows, std::memory_order_relaxed);
+  pool_.run(std::bit_cast<ThreadPool::Job>(call));
+}
+
+void Executor::forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits) {
+  turn(*rows_[0], position, n);  // only rows read these, so no late thread of the call before does
   if (banks_ && position == 0) banks_->forget();
-  pool_.run(std::bit_cast<ThreadPool::Job>(Call{tokens, logits, n, position, all_logits, passes_++}));
+  start(*rows_[0], Call{tokens, logits, n, position, passes_++, kAll, all_logits, true});
+}
+
+void Executor::cut(std::vector<int> linears) {
+  cuts_.clear();
+  for (int linear : linears) cuts_.push_back(linear_steps_[linear]);
+  std::sort(cuts_.begin(), cuts_.end());
+}
+
+void Executor::run_segment(int segment, bool whole, int rows, const int32_t* tokens, int n, int position,
+                           bool all_logits, float* logits) {
+  turn(*rows_[rows], position, n);
+  start(*rows_[rows], Call{tokens, logits, n, position, passes_, static_cast<int16_t>(segment), all_logits, whole});
 }
 
 void Executor::run(const Call& call, Walk& walk) {
-  for (const Step& step : steps_) {
-    const int n_parts = call.n == 1 ? step.n_parts : 1;
-    const int n_chunks = call.n == 1 ? n_parts : chunks(call.n, n_threads());
-    walk.share(n_chunks, [&](int chunk) {
-      const Slice slice = call.n == 1 ? Slice{{0, 1}, chunk, n_parts} : Slice{share(call.n, chunk, n_chunks), 0, 1};
-      for (int i = step.ops.begin; i < step.ops.end; ++i)
-        std::visit([&](const auto& op) { run_rows(op, call, slice, walk.thread()); }, ops_[i]);
-    });
-    const Op& last = ops_[step.ops.end - 1];
-    const auto* linear = std::get_if<LinearOp>(&last);
-    const auto* experts = std::get_if<ExpertsOp>(&last);
-    const int pieces = !stream_ ? 0 : linear ? linear->pieces_end : experts ? experts->pieces_end : 0;
-    if (pieces) stream_->wait(call.pass, pieces);
-    if (linear && linear->use >= 0)
-      banks_->demand(call.pass, linear->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
-    std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
-    if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
+  const int n_steps = static_cast<int>(steps_.size()), n_cuts = static_cast<int>(cuts_.size());
+  if (call.segment == kAll) {
+    for (const Step& step : steps_) run_step(step, true, call, walk);
+    return;
   }
+  const int first = call.segment == 0 ? 0 : cuts_[call.segment - 1] + 1;
+  const int end = call.segment < n_cuts ? cuts_[call.segment] : n_steps;
+  if (first > 0 && !call.whole) {
+    const auto& made = std::get<LinearOp>(ops_[steps_[first - 1].ops.end - 1]);
+    const int n_chunks = made.added_to < 0 ? 0 : chunks(call.n, n_threads());
+    walk.share(n_chunks, [&](int chunk) {
+      const Range mine = share(call.n, chunk, n_chunks);
+      for (int r = mine.begin; r < mine.end; ++r)
+        kernels_.floats->add(row(made.outputs[0], r), row(made.added_to, r), widths_[made.added_to]);
+    });
+  }
+  for (int s = first; s < end; ++s) run_step(steps_[s], true, call, walk);
+  if (end < n_steps) run_step(steps_[end], call.whole, call, walk);
+}
+
+void Executor::run_step(const Step& step, bool with_last, const Call& call, Walk& walk) {
+  const int rows_end = with_last ? step.ops.end : step.ops.end - 1;
+  const int n_parts = call.n == 1 ? step.n_parts : 1;
+  const int n_chunks = rows_end == step.ops.begin ? 0 : call.n == 1 ? n_parts : chunks(call.n, n_threads());
+  walk.share(n_chunks, [&](int chunk) {
+    const Slice slice = call.n == 1 ? Slice{{0, 1}, chunk, n_parts} : Slice{share(call.n, chunk, n_chunks), 0, 1};
+    for (int i = step.ops.begin; i < rows_end; ++i)
+      std::visit([&](const auto& op) { run_rows(op, call, slice, walk.thread()); }, ops_[i]);
+  });
+  if (!with_last) return;
+  const Op& last = ops_[step.ops.end - 1];
+  const auto* linear = std::get_if<LinearOp>(&last);
+  const auto* experts = std::get_if<ExpertsOp>(&last);
+  const int pieces = !stream_ ? 0 : linear ? linear->pieces_end : experts ? experts->pieces_end : 0;
+  if (pieces) stream_->wait(call.pass, pieces);
+  if (linear && linear->use >= 0)
+    banks_->demand(call.pass, linear->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
+  std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
+  if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
 }
 
 ActivationsView Executor::activations(int k, int n_rows, bool tables) const {

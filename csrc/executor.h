@@ -2,6 +2,7 @@
 // also keeps the weights alive; knows no file format and no architecture.
 #pragma once
 #include <array>
+#include <atomic>
 #include <cstdint>
 #include <memory>
 #include <variant>
@@ -126,6 +127,17 @@ class Executor {
   // Indices are the caller's to check (bind/executor.cpp does).
   void forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits);
 
+  // A forward in parts, whose products are made elsewhere: `linears` of its ops, counted among LinearOps in the order of
+  // addition, cut it into linears.size() + 1 segments. A segment leaves the op's input in its register, and the next one
+  // finds the outputs there, bias included; or, `whole`, each makes the product at its end itself, as forward() does.
+  // Several chunks of tokens may be under way, each in rows of its own.
+  void cut(std::vector<int> linears);
+  void set_rows(int n);  // 1 or more; forward() uses the first
+  void run_segment(int segment, bool whole, int rows, const int32_t* tokens, int n, int position, bool all_logits,
+                   float* logits);
+  float* register_of(int rows, int reg) const { return rows_[rows]->registers[reg].as<float>(); }
+  int n_linears() const { return static_cast<int>(linear_steps_.size()); }
+
   int n_threads() const { return pool_.n_threads(); }
   int chunk() const { return chunk_; }
   int context() const { return context_; }
@@ -138,17 +150,27 @@ class Executor {
     const int32_t* tokens;
     float* logits;
     int n, position;
-    int32_t all_logits;
-    uint32_t pass;  // forwards before this one
+    uint32_t pass;    // forwards before this one
+    int16_t segment;  // kAll: all of them
+    bool all_logits, whole;
 
     int first_logits_row() const { return all_logits ? 0 : n - 1; }
   };
   struct Product;
   struct ExpertProduct;
+  static constexpr int16_t kAll = -1;
   struct RopeTable {
     std::vector<float> inverse_frequencies;
     float factor;
-    std::vector<float> cos, sin;  // [chunk][width / 2] of the current call
+  };
+  struct Turns {
+    std::vector<float> cos, sin;  // [chunk][width / 2]
+  };
+  // What a chunk of tokens has of its own.
+  struct Rows {
+    std::vector<Pages> registers;
+    std::vector<Turns> turns;  // [rope table], at n positions from `position` on
+    int position = 0, n = 0;
   };
 
   // Ops up to the first that needs all rows: a chunk of rows goes through their row-wise parts at once, then the last
@@ -172,6 +194,10 @@ class Executor {
   static constexpr int kLeastChannels = 256;  // of a row, that are worth a thread's while: some 0.2 us
 
   void run(const Call&, Walk&);
+  void run_step(const Step&, bool with_last, const Call&, Walk&);
+  void add_rows();
+  void turn(Rows&, int position, int n) const;
+  void start(const Rows&, const Call&);
 
   // executor_rows.cpp; thread: whose scratch is free.
   void plan_steps();
@@ -205,7 +231,9 @@ class Executor {
   template <typename RowOp>
   void run_all(const RowOp&, const Call&, Walk&) {}
 
-  float* row(int reg, int r) const { return registers_[reg].as<float>() + int64_t{r} * widths_[reg]; }
+  float* row(int reg, int r) const {
+    return current_.load(std::memory_order_relaxed)->registers[reg].as<float>() + int64_t{r} * widths_[reg];
+  }
   // executor_attention.cpp
   struct QueryRows;
   void allocate_cache();
@@ -235,7 +263,8 @@ class Executor {
   const int context_, chunk_, n_layers_, n_kv_heads_, head_width_;
   const CacheType cache_type_;
   std::vector<int> widths_;
-  std::vector<Pages> registers_;
+  std::vector<std::unique_ptr<Rows>> rows_;  // never fewer: a late thread may read them
+  std::atomic<const Rows*> current_{nullptr};
   std::vector<MatrixView> matrices_;
   std::vector<InBank> in_banks_;
   BankCache* banks_ = nullptr;
@@ -246,6 +275,8 @@ class Executor {
   std::vector<Pages> histograms_;  // [mask * n_threads + thread], of kScoreBins
   std::vector<Op> ops_;
   std::vector<Step> steps_;
+  std::vector<int> linear_steps_;  // [LinearOp]
+  std::vector<int> cuts_;          // steps, ascending, whose LinearOps are computed elsewhere
   Pages cache_, partials_, q_, act_scales_, sums_, pairs_, tiles_, tables_, lows_;
   Pages active_;  // of a lone row: a bit for each channel whose q is not 0
   Pages expert_gates_, expert_ups_, expert_downs_;  // [slot of an ExpertPlan][width]

@@ -56,6 +56,7 @@ void Executor::plan_steps() {
   for (Range step{0, 0}; step.begin < n_ops; step.begin = step.end) {
     while (step.end < n_ops && !needs_all_rows(ops_[step.end])) ++step.end;
     step.end = std::min(step.end + 1, n_ops);
+    if (std::holds_alternative<LinearOp>(ops_[step.end - 1])) linear_steps_.push_back(static_cast<int>(steps_.size()));
     steps_.push_back({step, parts_of(step)});
   }
 }
@@ -105,11 +106,11 @@ void Executor::run_rows(const RmsNormOp& op, const Call&, const Slice& slice, in
 }
 
 void Executor::run_rows(const RopeOp& op, const Call&, const Slice& slice, int) {
-  const RopeTable& table = rope_tables_[op.table];
+  const Turns& turns = current_.load(std::memory_order_relaxed)->turns[op.table];
   const Range heads = slice.of(op.n_heads);
   for (int r = slice.rows.begin; r < slice.rows.end; ++r) {
     const int64_t at = int64_t{r} * (op.width / 2);
-    kernels_.floats->rope(row(op.reg, r) + heads.begin * op.width, table.cos.data() + at, table.sin.data() + at,
+    kernels_.floats->rope(row(op.reg, r) + heads.begin * op.width, turns.cos.data() + at, turns.sin.data() + at,
                           op.width, heads.end - heads.begin);
   }
 }

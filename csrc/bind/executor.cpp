@@ -214,6 +214,42 @@ class BoundExecutor {
   }
 
   nb::object forward(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits) {
+    return run(tokens, position, all_logits, want_logits, [this](const int32_t* ids, int n, int at, bool all, float* logits) {
+      executor_->forward(ids, n, at, all, logits);
+    });
+  }
+
+  // linears: of the calls of linear(), counted from 0.
+  void cut(std::vector<int> linears, int n_rows) {
+    want(finished_, "cut: not finished");
+    for (size_t i = 0; i < linears.size(); ++i)
+      want(linears[i] >= 0 && linears[i] < executor_->n_linears() && (i == 0 || linears[i] > linears[i - 1]), "cut: linears");
+    want(n_rows >= 1 && n_rows <= 1024 && linears.size() < 32767, "cut: counts");
+    executor_->set_rows(n_rows);
+    n_rows_ = n_rows;
+    n_segments_ = static_cast<int>(linears.size()) + 1;
+    executor_->cut(std::move(linears));
+  }
+  nb::object run_segment(int segment, bool whole, int rows, const ArrayIn<int32_t, 1>& tokens, int position,
+                         bool all_logits, bool want_logits) {
+    want(segment >= 0 && segment < n_segments_ && rows >= 0 && rows < n_rows_, "segment: cut() knows none like it");
+    want(segment == n_segments_ - 1 || !want_logits, "segment: only the last has logits");
+    return run(tokens, position, all_logits, want_logits,
+               [=, this](const int32_t* ids, int n, int at, bool all, float* logits) {
+                 executor_->run_segment(segment, whole, rows, ids, n, at, all, logits);
+               });
+  }
+  // f32 [chunk, width], the executor's own memory.
+  static nb::object register_of(nb::handle self, int rows, int reg) {
+    auto& executor = nb::cast<BoundExecutor&>(self);
+    want(executor.finished_ && rows >= 0 && rows < executor.n_rows_, "register: rows");
+    const size_t width = executor.width(reg), chunk = executor.executor_->chunk();
+    return nb::cast(nb::ndarray<nb::numpy, float>(executor.executor_->register_of(rows, reg), {chunk, width}, self));
+  }
+
+ private:
+  template <typename Forward>
+  nb::object run(const ArrayIn<int32_t, 1>& tokens, int position, bool all_logits, bool want_logits, const Forward& forward) {
     want(finished_, "forward: not finished");
     if ((stream_ || (banks_ && banks_->reads())) && process_ != getpid())
       throw std::runtime_error("forward: found a forked child, which has nobody who reads weights from flash; load the model in it");
@@ -223,25 +259,15 @@ class BoundExecutor {
     // A copy: without the GIL others may write to the array after it was checked.
     const std::vector<int32_t> ids(tokens.data(), tokens.data() + n);
     for (int32_t id : ids) want(id >= 0 && id < executor_->embedding_rows(), "forward: token id");
-    if (!want_logits) {
-      nb::gil_scoped_release release;
-      executor_->forward(ids.data(), n, position, false, nullptr);
-    }
-    if (!want_logits) {
-      check_stream();
-      return nb::none();
-    }
-    const size_t rows = all_logits ? n : 1, vocabulary = executor_->vocabulary();
+    const size_t rows = !want_logits ? 0 : all_logits ? n : 1, vocabulary = executor_->vocabulary();
     auto logits = std::make_unique_for_overwrite<float[]>(rows * vocabulary);
     {
       nb::gil_scoped_release release;
-      executor_->forward(ids.data(), n, position, all_logits, logits.get());
+      forward(ids.data(), n, position, all_logits && want_logits, want_logits ? logits.get() : nullptr);
     }
     check_stream();
-    return owned_array(std::move(logits), {rows, vocabulary});
+    return want_logits ? owned_array(std::move(logits), {rows, vocabulary}) : nb::none();
   }
-
- private:
   struct InBank {
     int bank, n, k;
   };
@@ -299,6 +325,7 @@ class BoundExecutor {
   }
 
   int n_layers_, n_kv_heads_, head_width_;
+  int n_segments_ = 0, n_rows_ = 1;
   bool finished_ = false;
   std::vector<int> widths_, rope_halves_, mask_widths_;
   std::vector<MatrixView> matrices_;
@@ -348,7 +375,11 @@ void bind_executor(nb::module_& m) {
       .def("finish", &BoundExecutor::finish, nb::arg("lookup_rows"))
       .def("stream", &BoundExecutor::stream, nb::arg("stream"), nb::arg("pieces"))
       .def("forward", &BoundExecutor::forward, nb::arg("tokens"), nb::arg("position"), nb::arg("all_logits") = false,
-           nb::arg("want_logits") = true);
+           nb::arg("want_logits") = true)
+      .def("cut", &BoundExecutor::cut, nb::arg("linears"), nb::arg("n_rows"))
+      .def("run_segment", &BoundExecutor::run_segment, nb::arg("segment"), nb::arg("whole"), nb::arg("rows"),
+           nb::arg("tokens"), nb::arg("position"), nb::arg("all_logits") = false, nb::arg("want_logits") = false)
+      .def("register_of", &BoundExecutor::register_of, nb::arg("rows"), nb::arg("register"));
 }
 
 }  // namespace elute

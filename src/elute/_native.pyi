@@ -288,6 +288,25 @@ class Executor:
         all_logits: bool = False,
         want_logits: bool = True,
     ) -> _F32 | None: ...
+    def cut(self, linears: list[int], n_rows: int) -> None:
+        """Where a forward is cut into segments: at the products of these calls of linear(),
+        ascending; n_rows chunks of tokens may be under way.
+
+        A segment leaves the input of the product at its end in its register, and the next one finds
+        the outputs there, bias included; or, whole, each makes that product itself."""
+
+    def run_segment(
+        self,
+        segment: int,
+        whole: bool,
+        rows: int,
+        tokens: _I32,
+        position: int,
+        all_logits: bool = False,
+        want_logits: bool = False,
+    ) -> _F32 | None: ...
+    def register_of(self, rows: int, register: int) -> _F32:
+        """f32 [chunk, width], memory of the executor"""
 
 class BankCache:
     reader: str

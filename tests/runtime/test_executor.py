@@ -403,3 +403,60 @@ def test_threads_that_cannot_be_started_are_a_sentence(made: Callable[..., Made]
         return False
 
     assert in_child(holds)
+
+
+def through_segments(executor: Executor, tokens: np.ndarray, *, source: InMemory | None) -> F32:
+    """Two chunks, turn by turn; products by numpy, or with no source by the segments themselves."""
+    half = tokens.size // 2
+    parts = [(tokens[:half], 0), (tokens[half:], half)]
+    logits = []
+    with executor.cut(executor.sites, 2) as segments:
+        for i in range(segments.n):
+            for chunk, (part, position) in enumerate(parts):
+                last = i == segments.n - 1
+                found = segments.run(
+                    i,
+                    part,
+                    position,
+                    chunk=chunk,
+                    whole=source is None,
+                    all_logits=True,
+                    want_logits=last,
+                )
+                if last:
+                    assert found is not None
+                    logits.append(found)
+                elif source is not None:
+                    site = executor.sites[i]
+                    x = segments.register(site.input, chunk=chunk)[: part.size].copy()
+                    made_of = zip(site.weights, site.outputs, site.biases, strict=True)
+                    for name, output, bias in made_of:
+                        y = lut_matmul.lut_matmul(x, source.matrix(name))
+                        y = y if bias is None else y + bias
+                        segments.register(output, chunk=chunk)[: part.size] = y
+    return np.concatenate(logits)
+
+
+@pytest.mark.parametrize("columns", [False, True])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_forward_in_segments_is_the_forward(
+    family: str, columns: bool, made: Callable[..., Made]
+) -> None:
+    ops, source, _ = made(family, columns=columns and family not in MIXTURES)
+    tokens = some_tokens(41, ops.vocabulary)
+    executor = Executor(ops, source)
+    want = executor.forward(tokens, 0, all_logits=True)
+    assert np.array_equal(through_segments(executor, tokens, source=None), want)
+    assert np.array_equal(through_segments(executor, tokens, source=source), want)
+    assert np.array_equal(executor.forward(tokens, 0, all_logits=True), want)
+
+
+def test_segments_have_the_executor_to_themselves(made: Callable[..., Made]) -> None:
+    ops, source, _ = made("llama")
+    executor = Executor(ops, source)
+    tokens = some_tokens(4, ops.vocabulary)
+    with executor.cut(executor.sites[:2]) as segments:
+        assert segments.n == 3
+        with pytest.raises(UnsupportedError, match="another thread's forward"):
+            executor.forward(tokens, 0)
+    executor.forward(tokens, 0)

@@ -30,6 +30,7 @@ from elute.model.ops import (
     Router,
 )
 from elute.model.weights import check_shape, weight_shapes
+from elute.npu.sites import Site
 from elute.runtime.threads import default_threads
 from elute.types import F32, I32, I64, InBank, PackedMatrix, WeightSource
 
@@ -118,6 +119,7 @@ class Executor:
             raise DeviceError(str(error)) from None
         self._native = native
         self._masks = builder.masks
+        self.sites: Sequence[Site] = tuple(builder.sites)
         self._cached = 0  # positions in the cache
         self._turn = threading.Lock()
 
@@ -131,15 +133,26 @@ class Executor:
         not be started.
         """
         if not self._turn.acquire(blocking=False):
-            raise UnsupportedError(
-                "forward: found another thread's forward running on the same cache, wanted one at "
-                "a time; take turns, or give each thread an Executor of its own (weights are "
-                "shared)"
-            )
+            raise _busy()
         try:
-            return self._forward(self._checked(tokens, position), position, all_logits)
+            return self._forward(self.checked(tokens, position), position, all_logits)
         except RuntimeError as error:
             raise DeviceError(str(error)) from None
+        finally:
+            self._turn.release()
+
+    @contextmanager
+    def cut(self, sites: Sequence[Site], n_chunks: int = 1) -> Generator[Segments]:
+        """Forwards in parts, cut at the products of `sites`, which are in the order of use; up to
+        n_chunks chunks of tokens may be under way. Nobody else can use the executor meanwhile.
+
+        Raises UnsupportedError while a forward runs in another thread.
+        """
+        if not self._turn.acquire(blocking=False):
+            raise _busy()
+        try:
+            self._native.cut([site.index for site in sites], n_chunks)
+            yield Segments(self, self._native, len(sites) + 1)
         finally:
             self._turn.release()
 
@@ -180,7 +193,8 @@ class Executor:
         """Scores of an input's channels, counted while it was observed; see flash.sparsity."""
         return self._native.histogram(self._masks[name])
 
-    def _checked(self, tokens: I32, position: int) -> I32:
+    def checked(self, tokens: I32, position: int) -> I32:
+        """What can be appended at `position`, as i32 [M]. Raises as `forward` does."""
         tokens = np.asarray(tokens)
         if tokens.ndim != 1 or tokens.size == 0:
             raise ShapeError(
@@ -221,6 +235,57 @@ class Executor:
         return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
+class Segments:
+    """The parts of forwards that an executor was cut into; see Executor.cut.
+
+    A segment ends where a product is to be made: its input is then in its register. The next one
+    takes the outputs from theirs, bias included. Or, `whole`, a segment makes that product itself.
+    Whoever uses it takes chunks through all segments in order, a chunk after those before it where
+    a segment has attention.
+    """
+
+    def __init__(self, executor: Executor, native: _native.Executor, n: int) -> None:
+        self._executor = executor
+        self._native = native
+        self.n = n
+
+    def run(
+        self,
+        segment: int,
+        tokens: I32,
+        position: int,
+        *,
+        chunk: int = 0,
+        whole: bool = False,
+        all_logits: bool = False,
+        want_logits: bool = False,
+    ) -> F32 | None:
+        """tokens i32 [M] with M of at most CHUNK, checked; logits as in forward, of the last
+        segment. Raises DeviceError when weights cannot be read.
+        """
+        try:
+            return self._native.run_segment(
+                segment, whole, chunk, tokens, position, all_logits, want_logits
+            )
+        except RuntimeError as error:
+            raise DeviceError(str(error)) from None
+
+    def register(self, index: int, *, chunk: int = 0) -> F32:
+        """-> f32 [CHUNK, width], the executor's own: row i is of the i-th token of the chunk."""
+        return self._native.register_of(chunk, index)
+
+    def cached(self, positions: int) -> None:
+        """What the key-value cache now holds."""
+        self._executor._cached = positions
+
+
+def _busy() -> UnsupportedError:
+    return UnsupportedError(
+        "forward: found another thread's forward running on the same cache, wanted one at a time; "
+        "take turns, or give each thread an Executor of its own (weights are shared)"
+    )
+
+
 class _Builder:
     """Adds an op list to a native executor, names turned into indices."""
 
@@ -238,6 +303,7 @@ class _Builder:
         }
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self.masks: dict[str, int] = {}
+        self.sites: list[Site] = []
         self._in_banks: dict[str, int] = {}  # index of a matrix in channel order
         self._banks, self._bank_index = _open_banks(ops, weights)
         self._next_use = 0
@@ -341,6 +407,7 @@ class _Builder:
         """Weights that want the same column order share one quantization and its tables."""
         mask = self._native.add_mask(self._ops.registers[op.input])
         self.masks[op.weights[0]] = mask
+        whole = range(len(op.weights))
         if self._banks is not None and self._in_bank(op.weights[0]) is not None:
             self._native.linear(
                 self._registers[op.input],
@@ -352,6 +419,7 @@ class _Builder:
                 self._next_use,
             )
             self._next_use += 1
+            self._add_site(op, whole, None)
             return
         by_order: dict[bytes, list[int]] = {}
         for i, name in enumerate(op.weights):
@@ -367,6 +435,20 @@ class _Builder:
                 _columns(self._matrix(op.weights[members[0]])[1]),
                 mask,
             )
+            self._add_site(op, members, self._matrix(op.weights[members[0]])[1].columns)
+
+    def _add_site(self, op: Linear, members: Sequence[int], columns: I32 | None) -> None:
+        biases = [op.biases[i] for i in members]
+        self.sites.append(
+            Site(
+                len(self.sites),
+                self._registers[op.input],
+                tuple(self._registers[op.outputs[i]] for i in members),
+                tuple(op.weights[i] for i in members),
+                tuple(None if bias is None else self._vector(bias) for bias in biases),
+                columns,
+            )
+        )
 
     def _experts(self, op: Experts) -> None:
         def indices(names: tuple[str, ...]) -> list[int]:
