@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Protocol
 
 from elute.types import F32, I32
 
@@ -27,3 +30,40 @@ class Site:
     @property
     def name(self) -> str:
         return self.weights[0]
+
+
+class Segments(Protocol):
+    """As of runtime.executor."""
+
+    n: int
+
+    def run(
+        self,
+        segment: int,
+        tokens: I32,
+        position: int,
+        *,
+        chunk: int = 0,
+        whole: bool = False,
+        all_logits: bool = False,
+        want_logits: bool = False,
+    ) -> F32 | None: ...
+
+    def register(self, index: int, *, chunk: int = 0) -> F32: ...
+
+    def cached(self, positions: int) -> None: ...
+
+
+class Host(Protocol):
+    """The part of runtime.executor.Executor that computes what is not an int8 product."""
+
+    context: int
+    vocabulary: int
+    n_registers: int
+    sites: Sequence[Site]
+
+    def cut(self, sites: Sequence[Site], n_chunks: int = 1) -> AbstractContextManager[Segments]: ...
+
+    def checked(self, tokens: I32, position: int) -> I32: ...
+
+    def forward(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32: ...

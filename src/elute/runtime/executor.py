@@ -120,6 +120,7 @@ class Executor:
         self._native = native
         self._masks = builder.masks
         self.sites: Sequence[Site] = tuple(builder.sites)
+        self.n_registers = len(ops.registers)
         self._cached = 0  # positions in the cache
         self._turn = threading.Lock()
 
