@@ -303,3 +303,32 @@ def simulate(graph: Graph, times: Times, policy: Policy, *, crossing_s: float = 
                 front.finish(worker)
     bound_s = lower_bound(graph, seconds)
     return Schedule(graph, tuple(starts), tuple(ends), crossing_s, bound_s)
+
+
+def describe(schedule: Schedule, width: int = 100) -> str:
+    """Figures and a time line: a row for each worker, a column for each makespan / width seconds:
+    the last digit of the chunk that has most of it, a blank where the worker mostly idles.
+    """
+    column_s = schedule.makespan_s / width
+    rows = []
+    for worker in Worker:
+        shares: list[dict[int, float]] = [{} for _ in range(width)]
+        spans = zip(schedule.graph.tasks, schedule.starts, schedule.ends, strict=True)
+        for task, start, end in spans:
+            if task.worker != worker or end == start:
+                continue
+            first = min(width - 1, int(start / column_s))
+            for column in range(first, min(width, int(end / column_s) + 1)):
+                inside = min(end, (column + 1) * column_s) - max(start, column * column_s)
+                shares[column][task.chunk] = shares[column].get(task.chunk, 0.0) + inside
+        line = ""
+        for of_chunk in shares:
+            idle = sum(of_chunk.values()) < column_s / 2
+            line += " " if idle else str(max(of_chunk, key=of_chunk.__getitem__) % 10)
+        busy_ms, idle_ms = schedule.busy_s(worker) * 1e3, schedule.idle_s(worker) * 1e3
+        rows.append(f"{worker} |{line}| {busy_ms:.1f} ms busy, {idle_ms:.1f} idle")
+    summary = (
+        f"{schedule.makespan_s * 1e3:.1f} ms, at least {schedule.bound_s * 1e3:.1f}; "
+        f"NPU busy {schedule.npu_share:.1%}, bubbles {schedule.bubbles:.2%}"
+    )
+    return "\n".join([*rows, summary])
