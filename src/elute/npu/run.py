@@ -34,7 +34,8 @@ def run(
 ) -> Schedule | None:
     """Returns when each task ran; None where it was cancelled, and then not all have run.
 
-    times      what the policy believes of the tasks; they need not be right
+    times      what the policy believes of the tasks, need not be right; likewise crossing_s, which
+               is part of what a task of the NPU takes here and is not added
     work       is called once for each task, by two threads at a time: for a task of the CPU, and
                for one of the NPU, which waits in it until the device is done
     cancelled  asked before each task
@@ -68,8 +69,9 @@ def run(
         raise shared.error
     if shared.front.n_left:
         return None
-    bound_s = lower_bound(graph, seconds)
-    return Schedule(graph, tuple(shared.starts), tuple(shared.ends), crossing_s, bound_s)
+    starts, ends = tuple(shared.starts), tuple(shared.ends)
+    taken_s = [end - start for start, end in zip(starts, ends, strict=True)]
+    return Schedule(graph, starts, ends, crossing_s, lower_bound(graph, taken_s))
 
 
 class _Run:

@@ -323,7 +323,7 @@ def describe(schedule: Schedule, width: int = 100) -> str:
                 shares[column][task.chunk] = shares[column].get(task.chunk, 0.0) + inside
         line = ""
         for of_chunk in shares:
-            idle = sum(of_chunk.values()) < column_s / 2
+            idle = not of_chunk or sum(of_chunk.values()) < column_s / 2
             line += " " if idle else str(max(of_chunk, key=of_chunk.__getitem__) % 10)
         busy_ms, idle_ms = schedule.busy_s(worker) * 1e3, schedule.idle_s(worker) * 1e3
         rows.append(f"{worker} |{line}| {busy_ms:.1f} ms busy, {idle_ms:.1f} idle")
