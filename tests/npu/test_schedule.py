@@ -13,6 +13,7 @@ from elute.errors import ShapeError
 from elute.model.families import op_list
 from elute.model.ops import Attention, Linear
 from elute.npu.policies import (
+    NEAR,
     CriticalPath,
     FeedNpu,
     InOrder,
@@ -41,7 +42,9 @@ POLICIES: list[Policy] = [
     Pairs(skew=4),
     OutOfOrder(),
     CriticalPath(),
+    CriticalPath(lead=0.01),
     FeedNpu(),
+    FeedNpu(lead=0.003),
     RandomOrder(0),
     RandomOrder(1),
 ]
@@ -186,6 +189,18 @@ def test_npu_that_dominates_hardly_waits_out_of_order(shadows: bool) -> None:
     assert bubbles[OutOfOrder()] < bubbles[Pairs()]
 
 
+@pytest.mark.parametrize("n_chunks", [3, 4, 5, 8])
+@pytest.mark.parametrize("shadows", [False, True])
+def test_quickest_rule_leaves_npu_that_dominates_hardly_a_bubble(
+    shadows: bool, n_chunks: int
+) -> None:
+    cpu_s = 4 * MS if shadows else 5 * MS
+    graph, times = layers(30, n_chunks, npu_s=10 * MS, cpu_s=cpu_s, shadows=shadows)
+    found = simulate(graph, times, quickest(graph, times))
+    assert found.bubbles <= 0.005
+    assert found.makespan_s <= 1.005 * found.bound_s
+
+
 def test_processor_that_dominates_hardly_waits() -> None:
     graph, times = layers(30, 4, npu_s=10 * MS, cpu_s=20 * MS, shadows=True)
     found = simulate(graph, times, CriticalPath())
@@ -199,8 +214,9 @@ def test_quickest_rule_is_no_slower_than_those_it_chose_from(
     case: tuple[list[Stage], Graph, dict[Task, float]],
 ) -> None:
     _, graph, times = case
-    found = simulate(graph, times, quickest(graph, times, POLICIES)).makespan_s
-    assert found == min(simulate(graph, times, policy).makespan_s for policy in POLICIES)
+    found = simulate(graph, times, quickest(graph, times, POLICIES))
+    least_s = min(simulate(graph, times, policy).makespan_s for policy in POLICIES)
+    assert found.makespan_s <= max(least_s, NEAR * found.bound_s)
 
 
 @pytest.mark.parametrize("policy", [InOrder(), Pairs(), OutOfOrder(), CriticalPath(), FeedNpu()])
