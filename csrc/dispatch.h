@@ -7,6 +7,7 @@
 #include "kernels/ceilings.h"
 #include "kernels/float_kernels.h"
 #include "kernels/matmul.h"
+#include "kernels/shadow.h"
 
 namespace elute {
 
@@ -15,6 +16,7 @@ struct KernelTable {
   const MatmulKernels* matmul;
   const FloatKernels* floats;
   const CeilingKernels* ceilings;
+  const ShadowKernels* shadows;
 };
 
 // Levels that this CPU supports, slowest first. With ELUTE_EMULATE_AVX512 avx512 is always among them, but never best.

@@ -51,6 +51,7 @@ void bind_executor(nb::module_& m);
 void bind_flash(nb::module_& m);
 void bind_banks(nb::module_& m);
 void bind_sampler(nb::module_& m);
+void bind_shadow(nb::module_& m);
 void bind_bench(nb::module_& m);
 
 }  // namespace elute

@@ -34,5 +34,6 @@ NB_MODULE(_native, m) {
   elute::bind_flash(m);elute::bind_banks(m);
   elute::bind_executor(m);
   elute::bind_sampler(m);
+  elute::bind_shadow(m);
   elute::bind_bench(m);
 }

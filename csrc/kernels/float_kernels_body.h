@@ -15,6 +15,13 @@
 //   to_float(c)             rounded to nearest even
 //   store to int8, int16    rounded to nearest even; |a| is at most 127, 32767; anything for NaN
 //   keep_in_register(c)     nothing: stops GCC 12 from keeping a loop's sums twice, see integer_avx2.h
+//   round_to_ints(a)        to nearest even, of |a| <= 2^24; anything else for others
+//   beyond(a, limit)        a bit for each lane where |a| <= limit does not hold, also for NaN
+//   outside_int8(c)         a bit for each lane outside [-128, 127]
+//   store_ints, store_saturated(int8)
+//   add_rows(a, b, by, f, s)   of 2 * kLanes outputs, bytes at a and at b: the sums f and s grow by a[i] * the first of `by`
+//                              + b[i] * the second; store_rows(p, f, s) stores them in order
+//   kShadowVectors          of 2 * kLanes outputs, whose sums are kept in registers
 //   kRows, kBlock, kDirectRows, direct_vectors(rows)   shape of attention's register tiles
 //
 // Everything is in unnamed namespaces, and no std:: template is used: an inline function compiled here with AVX flags

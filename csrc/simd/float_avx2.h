@@ -61,6 +61,32 @@ struct FloatAvx2 {
     _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
   }
 
+  static constexpr int kShadowVectors = 4;  // 8 sums, 4 values, the residuals: 13 of 16 registers
+  static Ints round_to_ints(Float a) { return _mm256_cvtps_epi32(a); }
+  static uint32_t beyond(Float a, Float limit) {
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_cmp_ps(abs(a), limit, _CMP_NLE_UQ)));
+  }
+  static uint32_t outside_int8(Ints a) {
+    const __m256i above = _mm256_cmpgt_epi32(a, _mm256_set1_epi32(127));
+    const __m256i below = _mm256_cmpgt_epi32(_mm256_set1_epi32(-128), a);
+    return static_cast<uint32_t>(_mm256_movemask_ps(_mm256_castsi256_ps(_mm256_or_si256(above, below))));
+  }
+  static void store_ints(int32_t* p, Ints a) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), a); }
+  static void store_saturated(int8_t* p, Ints a) {
+    const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+  }
+  static void add_rows(const int8_t* a, const int8_t* b, Pairs by, Ints& first, Ints& second) {
+    const __m128i of_a = _mm_loadu_si128(reinterpret_cast<const __m128i*>(a));
+    const __m128i of_b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(b));
+    first = add_products(_mm256_cvtepi8_epi16(_mm_unpacklo_epi8(of_a, of_b)), by, first);
+    second = add_products(_mm256_cvtepi8_epi16(_mm_unpackhi_epi8(of_a, of_b)), by, second);
+  }
+  static void store_rows(int32_t* p, Ints first, Ints second) {
+    store_ints(p, first);
+    store_ints(p + kLanes, second);
+  }
+
   static Float add(Float a, Float b) { return _mm256_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm256_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm256_mul_ps(a, b); }

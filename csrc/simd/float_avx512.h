@@ -86,6 +86,49 @@ struct FloatAvx512 {
   static void store(int16_t* p, Float a) { store_codes(p, a); }
   static void store(int8_t* p, Float a) { store_codes(p, a); }
 
+  static constexpr int kShadowVectors = 8;  // 16 sums, 4 values, the residuals: 21 of 32 registers
+#if defined(ELUTE_EMULATE_AVX512)
+  static Ints round_to_ints(Float a) {
+    return _mm512_inserti64x4(_mm512_castsi256_si512(Half::round_to_ints(low(a))), Half::round_to_ints(high(a)), 1);
+  }
+  static uint32_t beyond(Float a, Float limit) {
+    return Half::beyond(low(a), low(limit)) | Half::beyond(high(a), low(limit)) << Half::kLanes;
+  }
+  static uint32_t outside_int8(Ints a) {
+    return Half::outside_int8(low(a)) | Half::outside_int8(high(a)) << Half::kLanes;
+  }
+  static void store_saturated(int8_t* p, Ints a) {
+    Half::store_saturated(p, low(a));
+    Half::store_saturated(p + Half::kLanes, high(a));
+  }
+#else
+  static Ints round_to_ints(Float a) { return _mm512_cvtps_epi32(a); }
+  static uint32_t beyond(Float a, Float limit) { return _mm512_cmp_ps_mask(abs(a), limit, _CMP_NLE_UQ); }
+  static uint32_t outside_int8(Ints a) {
+    return _mm512_cmpgt_epu32_mask(_mm512_add_epi32(a, _mm512_set1_epi32(128)), _mm512_set1_epi32(255));
+  }
+  static void store_saturated(int8_t* p, Ints a) {
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtsepi32_epi8(a));
+  }
+#endif
+  static void store_ints(int32_t* p, Ints a) {
+    Half::store_ints(p, low(a));
+    Half::store_ints(p + Half::kLanes, high(a));
+  }
+  // `first` has outputs 0-7 and 16-23, `second` the others: bytes interleave within lanes of 16.
+  static void add_rows(const int8_t* a, const int8_t* b, Pairs by, Ints& first, Ints& second) {
+    const __m256i of_a = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(a));
+    const __m256i of_b = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(b));
+    first = add_products(_mm512_cvtepi8_epi16(_mm256_unpacklo_epi8(of_a, of_b)), by, first);
+    second = add_products(_mm512_cvtepi8_epi16(_mm256_unpackhi_epi8(of_a, of_b)), by, second);
+  }
+  static void store_rows(int32_t* p, Ints first, Ints second) {
+    Half::store_ints(p, low(first));
+    Half::store_ints(p + 8, low(second));
+    Half::store_ints(p + 16, high(first));
+    Half::store_ints(p + 24, high(second));
+  }
+
   static Float add(Float a, Float b) { return _mm512_add_ps(a, b); }
   static Float sub(Float a, Float b) { return _mm512_sub_ps(a, b); }
   static Float mul(Float a, Float b) { return _mm512_mul_ps(a, b); }
@@ -118,6 +161,8 @@ struct FloatAvx512 {
     Half::store(p, low(a));
     Half::store(p + Half::kLanes, high(a));
   }
+  static __m256i low(Ints a) { return _mm512_castsi512_si256(a); }
+  static __m256i high(Ints a) { return _mm512_extracti64x4_epi64(a, 1); }
   static __m256 low(Float a) { return _mm512_castps512_ps256(a); }
   static __m256 high(Float a) { return _mm256_castpd_ps(_mm512_extractf64x4_pd(_mm512_castps_pd(a), 1)); }
   static Float join(__m256 a, __m256 b) {

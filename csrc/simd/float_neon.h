@@ -66,6 +66,30 @@ struct FloatNeon {
     __builtin_memcpy(p, &bytes, kLanes);
   }
 
+  static constexpr int kShadowVectors = 8;  // 16 sums, 4 values, the residuals: 21 of 32 registers
+  static Ints round_to_ints(Float a) { return vcvtnq_s32_f32(a); }
+  static uint32_t beyond(Float a, Float limit) { return ~lanes(vcaleq_f32(a, limit)) & 15u; }
+  static uint32_t outside_int8(Ints a) {
+    const uint32x4_t from_least = vreinterpretq_u32_s32(vaddq_s32(a, vdupq_n_s32(128)));
+    return lanes(vcgtq_u32(from_least, vdupq_n_u32(255)));
+  }
+  static void store_ints(int32_t* p, Ints a) { vst1q_s32(p, a); }
+  static void store_saturated(int8_t* p, Ints a) {
+    const int16x4_t words = vqmovn_s32(a);
+    const int8x8_t bytes = vqmovn_s16(vcombine_s16(words, words));
+    __builtin_memcpy(p, &bytes, kLanes);
+  }
+  // Products by a lane need no pairs.
+  static void add_rows(const int8_t* a, const int8_t* b, Pairs by, Ints& first, Ints& second) {
+    const int16x8_t of_a = vmovl_s8(vld1_s8(a)), of_b = vmovl_s8(vld1_s8(b));
+    first = vmlal_laneq_s16(vmlal_laneq_s16(first, vget_low_s16(of_a), by, 0), vget_low_s16(of_b), by, 1);
+    second = vmlal_high_laneq_s16(vmlal_high_laneq_s16(second, of_a, by, 0), of_b, by, 1);
+  }
+  static void store_rows(int32_t* p, Ints first, Ints second) {
+    vst1q_s32(p, first);
+    vst1q_s32(p + kLanes, second);
+  }
+
   static Float add(Float a, Float b) { return vaddq_f32(a, b); }
   static Float sub(Float a, Float b) { return vsubq_f32(a, b); }
   static Float mul(Float a, Float b) { return vmulq_f32(a, b); }
@@ -93,6 +117,12 @@ struct FloatNeon {
     return {vaddq_f64(w.low, vcvt_f64_f32(vget_low_f32(a))), vaddq_f64(w.high, vcvt_high_f64_f32(a))};
   }
   static double sum_wide(Wide w) { return vaddvq_f64(vaddq_f64(w.low, w.high)); }
+
+ private:
+  static uint32_t lanes(uint32x4_t mask) {
+    static constexpr uint32_t bits[kLanes] = {1, 2, 4, 8};
+    return vaddvq_u32(vandq_u32(mask, vld1q_u32(bits)));
+  }
 };
 
 }  // namespace

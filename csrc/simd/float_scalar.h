@@ -34,6 +34,21 @@ struct FloatScalar {
   static void store(int8_t* p, Float a) { *p = static_cast<int8_t>(round(a)); }
   static void store(int16_t* p, Float a) { *p = static_cast<int16_t>(round(a)); }
 
+  static constexpr int kShadowVectors = 8;  // 16 sums
+  static Ints round_to_ints(Float a) { return static_cast<int32_t>(__builtin_lrintf(a)); }
+  static uint32_t beyond(Float a, Float limit) { return !(abs(a) <= limit); }
+  static uint32_t outside_int8(Ints a) { return a != clipped(a); }
+  static void store_ints(int32_t* p, Ints a) { *p = a; }
+  static void store_saturated(int8_t* p, Ints a) { *p = static_cast<int8_t>(clipped(a)); }
+  static void add_rows(const int8_t* a, const int8_t* b, Pairs by, Ints& first, Ints& second) {
+    first += a[0] * by.first + b[0] * by.second;
+    second += a[1] * by.first + b[1] * by.second;
+  }
+  static void store_rows(int32_t* p, Ints first, Ints second) {
+    p[0] = first;
+    p[1] = second;
+  }
+
   // Exponent and fraction move up by 13 bits; one product by 2^112 rebiases them and normalises subnormals alike.
   static Float load(const uint16_t* p) {
     const uint32_t half = *p;
@@ -81,6 +96,7 @@ struct FloatScalar {
   static double sum_wide(Wide w) { return w; }
 
  private:
+  static int32_t clipped(int32_t a) { return a < -128 ? -128 : a > 127 ? 127 : a; }
   // Ties to even: adding 1.5 * 2^23 leaves the whole number in the low bits.
   static int32_t round(float x) { return static_cast<int32_t>(to_bits(x + 0x1.8p23f) - to_bits(0x1.8p23f)); }
   static uint32_t to_bits(float x) {

@@ -4,6 +4,7 @@ import numpy as np
 import numpy.typing as npt
 
 _F32 = npt.NDArray[np.float32]
+_I8 = npt.NDArray[np.int8]
 _F16 = npt.NDArray[np.float16]
 _I32 = npt.NDArray[np.int32]
 _I64 = npt.NDArray[np.int64]
@@ -359,6 +360,86 @@ class Sampler:
     ) -> None: ...
     def choose(self, logits: _F32, uniform: float) -> int: ...
     def best(self, logits: _F32, n: int) -> tuple[float, float, list[int]]: ...
+
+def split_outliers(isa: str, x: _F32, scale: float) -> tuple[_I8, _I32, _I32, _I32]:
+    """x f32 [M, K] -> q i8 [M, K], starts i32 [M + 1], channels, residuals; see npu/reference.py"""
+
+def weight_columns(
+    isa: str,
+    channels: _I32,
+    weight_scales: _F32,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+) -> _I8:
+    """-> i8 [C, N], rows of Wq.T of stored columns; padding of the planes unseen"""
+
+def weight_columns_of_rows(
+    isa: str,
+    rows: _U8,
+    channels: _I32,
+    weight_scales: _F32,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+    offset: int = 0,
+) -> _I8:
+    """The same of rows u8 [C, bytes] in channel order, of the matrix from byte `offset` of each"""
+
+def weight_rows(
+    isa: str,
+    outputs: _I32,
+    weight_scales: _F32,
+    planes: _U8,
+    scales: _F16,
+    offsets: _F16 | None,
+    n: int,
+    k: int,
+    bits: int,
+    group_size: int,
+    zero: int,
+    affine: str,
+) -> _I8:
+    """-> i8 [R, K], rows of Wq in stored order of columns; padding of the planes unseen"""
+
+def shadow_product(
+    isa: str, starts: _I32, slots: _I32, residuals: _I32, rows: _I8, out: _I32 | None = None
+) -> _I32 | _I64:
+    """-> i32 [M, N], in `out` where it is given; a new i64 one where a sum may not fit"""
+
+def saturated_products(
+    isa: str,
+    q: _I8,
+    starts: _I32,
+    channels: _I32,
+    residuals: _I32,
+    rows: _I8,
+    at_rows: _I32,
+    at_slots: _I32,
+) -> _I64:
+    """-> (clip(q) + r)[at_rows[i]] . rows[at_slots[i]]"""
+
+def finish_product(
+    isa: str,
+    result: npt.NDArray[Any],
+    shadow: _I32 | _I64 | None,
+    scales: _F32,
+    bias: _F32 | None,
+    y: _F32,
+    output_scale: float = 0.0,
+) -> None:
+    """y f32 [M, N], whose rows may be strided; see npu/reference.py"""
 
 MOST_STREAMS: int
 

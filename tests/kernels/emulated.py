@@ -18,8 +18,8 @@ import numpy as np
 ROOT = Path(__file__).parents[2]
 COMPILER = "aarch64-linux-gnu-g++"
 EMULATOR = "qemu-aarch64"
-DTYPES = {np.dtype(c): c.encode() for c in "dfebBi"}
-FOUND = {ord(c): np.dtype(c) for c in "dfebBi"}
+DTYPES = {np.dtype(c): c.encode() for c in "dfebBiq"}
+FOUND = {ord(c): np.dtype(c) for c in "dfebBiq"}
 
 
 def missing() -> str | None:
@@ -114,6 +114,36 @@ class KernelServer:
 
     def float_kernels(self, isa: str) -> FloatKernels:
         return FloatKernels(self, isa)
+
+    # ---- shadow outliers
+
+    def split_outliers(self, isa, x, scale):
+        return self.call("split_outliers", isa, x, float(scale))
+
+    def weight_columns(self, isa, channels, weight_scales, *, k, **matrix):
+        values = channels, weight_scales, k, *_matrix(**matrix)
+        return self.call("weight_columns", isa, *values)[0]
+
+    def weight_columns_of_rows(self, isa, rows, channels, weight_scales, *, k, offset=0, **matrix):
+        values = channels, weight_scales, k, *_matrix(rows, **matrix), offset
+        return self.call("weight_columns_of_rows", isa, *values)[0]
+
+    def weight_rows(self, isa, outputs, weight_scales, *, k, **matrix):
+        return self.call("weight_rows", isa, outputs, weight_scales, k, *_matrix(**matrix))[0]
+
+    def shadow_product(self, isa, starts, slots, residuals, rows, out=None):
+        product = self.call("shadow_product", isa, starts, slots, residuals, rows)[0]
+        if out is None or product.dtype != out.dtype:
+            return product
+        out[...] = product
+        return out
+
+    def saturated_products(self, isa, *arrays):
+        return self.call("saturated_products", isa, *arrays)[0]
+
+    def finish_product(self, isa, result, shadow, scales, bias, y, output_scale=0.0):
+        values = result, shadow, scales, bias, float(output_scale)
+        y[...] = self.call("finish_product", isa, *values)[0]
 
     # ---- checksums
 

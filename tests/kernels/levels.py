@@ -56,3 +56,31 @@ def lut_dequant(isa: str, *arguments: Any, **named: Any) -> Any:
 
 def float_kernels(isa: str) -> Any:
     return _home(isa).float_kernels(isa)
+
+
+def split_outliers(isa: str, *arguments: Any) -> Any:
+    return _home(isa).split_outliers(isa, *arguments)
+
+
+def weight_columns(isa: str, *arguments: Any, **named: Any) -> Any:
+    return _home(isa).weight_columns(isa, *arguments, **named)
+
+
+def weight_columns_of_rows(isa: str, *arguments: Any, **named: Any) -> Any:
+    return _home(isa).weight_columns_of_rows(isa, *arguments, **named)
+
+
+def weight_rows(isa: str, *arguments: Any, **named: Any) -> Any:
+    return _home(isa).weight_rows(isa, *arguments, **named)
+
+
+def shadow_product(isa: str, *arguments: Any) -> Any:
+    return _home(isa).shadow_product(isa, *arguments)
+
+
+def saturated_products(isa: str, *arguments: Any) -> Any:
+    return _home(isa).saturated_products(isa, *arguments)
+
+
+def finish_product(isa: str, *arguments: Any) -> Any:
+    return _home(isa).finish_product(isa, *arguments)

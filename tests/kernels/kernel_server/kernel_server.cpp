@@ -12,6 +12,7 @@
 #include "crc32c.h"
 #include "executor.h"
 #include "matmul_rows.h"
+#include "shadow.h"
 #include "wire.h"
 
 namespace elute {
@@ -388,6 +389,140 @@ void add_executor_calls(Calls& calls) {
   };
 }
 
+const ShadowKernels& shadows(Request& in) { return *kernels_named(in.text()).shadows; }
+
+// starts, channels or slots, residuals.
+struct Outliers {
+  Array<int32_t> starts, at, residuals;
+
+  explicit Outliers(Request& in) : starts(in.array<int32_t>()), at(in.array<int32_t>()), residuals(in.array<int32_t>()) {}
+  OutlierRows rows() const { return {starts.data(), at.data(), residuals.data(), starts.size() - 1}; }
+};
+
+void want_finite(bool finite) {
+  if (!finite) throw std::invalid_argument("weights: found one that is not finite");
+}
+
+void add_shadow_calls(Calls& calls) {
+  calls["split_outliers"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    const auto x = in.array<float>();
+    const size_t rows = x.shape(0), k = x.shape(1);
+    const SplitRows split = split_rows(kernels, x.data(), rows, k, static_cast<float>(in.number()));
+    const auto count = static_cast<size_t>(split.count);
+    out.add(split.q.get(), {rows, k});
+    out.add(split.starts.get(), {rows + 1});
+    out.add(split.channels.get(), {count});
+    out.add(split.residuals.get(), {count});
+  };
+  // Columns or outputs, weight scales, k, the matrix.
+  calls["weight_columns"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    const auto columns = in.list<int32_t>();
+    const auto scales = in.list<float>();
+    const Matrix matrix(in, static_cast<int>(in.integer()));
+    const size_t n = matrix.view.n;
+    std::vector<int8_t> weights(columns.size() * n);
+    for (size_t c = 0; c < columns.size(); ++c)
+      want_finite(kernels.weight_column(matrix.view, columns[c], scales.data(), scales.size() > 1, weights.data() + c * n));
+    out.add(weights.data(), {columns.size(), n});
+  };
+  calls["weight_columns_of_rows"] = [](Request& in, Reply& out) {  // the matrix's rows are those of the columns
+    const ShadowKernels& kernels = shadows(in);
+    const auto columns = in.list<int32_t>();
+    const auto scales = in.list<float>();
+    const Matrix matrix(in, static_cast<int>(in.integer()));
+    const MatrixView& m = matrix.view;
+    const int64_t offset = in.integer(), width = matrix.planes.shape(1);
+    const ChannelMatrix w{nullptr, offset, m.scales, m.offsets, m.n, m.k, m.bits, m.group_size, m.zero, m.affine};
+    const size_t n = w.n;
+    std::vector<int8_t> weights(columns.size() * n);
+    for (size_t c = 0; c < columns.size(); ++c)
+      want_finite(kernels.weight_column_of_row(w, columns[c], matrix.planes.data() + c * width + offset, scales.data(),
+                                               scales.size() > 1, weights.data() + c * n));
+    out.add(weights.data(), {columns.size(), n});
+  };
+  calls["weight_rows"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    const auto outputs = in.list<int32_t>();
+    const auto scales = in.list<float>();
+    const Matrix matrix(in, static_cast<int>(in.integer()));
+    const size_t k = matrix.view.k;
+    std::vector<int8_t> weights(outputs.size() * k);
+    std::vector<float> row(k);
+    for (size_t r = 0; r < outputs.size(); ++r) {
+      dequant_row(matrix.view, outputs[r], row.data());
+      const float scale = scales[scales.size() > 1 ? outputs[r] : 0];
+      want_finite(kernels.quantize_weights(row.data(), k, scale, weights.data() + r * k));
+    }
+    out.add(weights.data(), {outputs.size(), k});
+  };
+  calls["shadow_product"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    const Outliers outliers(in);
+    const auto rows = in.array<int8_t>();
+    const size_t m = outliers.rows().n_rows, n = rows.shape(1);
+    if (product_fits_int32(outliers.rows())) {
+      std::vector<int32_t> product(m * n);
+      shadow_product(kernels, outliers.rows(), rows.data(), n, product.data());
+      out.add(product.data(), {m, n});
+    } else {
+      std::vector<int64_t> product(m * n);
+      shadow_product(kernels, outliers.rows(), rows.data(), n, product.data());
+      out.add(product.data(), {m, n});
+    }
+  };
+  calls["saturated_products"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    const auto q = in.array<int8_t>();
+    const Outliers outliers(in);
+    const auto rows = in.array<int8_t>();
+    const auto at_rows = in.list<int32_t>(), at_slots = in.list<int32_t>();
+    const int64_t k = q.shape(1);
+    std::vector<int64_t> products;
+    for (size_t i = 0; i < at_rows.size(); ++i) {
+      const int32_t first = outliers.starts.data()[at_rows[i]], end = outliers.starts.data()[at_rows[i] + 1];
+      products.push_back(kernels.full_product(q.data() + at_rows[i] * k, rows.data() + at_slots[i] * k, k,
+                                              outliers.at.data() + first, outliers.residuals.data() + first, end - first));
+    }
+    out.add(products.data(), {products.size()});
+  };
+  // result, shadow, scales, bias, output_scale -> y
+  calls["finish_product"] = [](Request& in, Reply& out) {
+    const ShadowKernels& kernels = shadows(in);
+    FinishedRow row{};
+    std::optional<Array<int32_t>> sums, shadow;
+    std::optional<Array<int8_t>> codes;
+    std::optional<Array<float>> floats;
+    std::optional<Array<int64_t>> wide;
+    if (in.is_array_of<int32_t>()) sums = in.array<int32_t>(), row.type = DeviceOutput::int32;
+    else if (in.is_array_of<int8_t>()) codes = in.array<int8_t>(), row.type = DeviceOutput::int8;
+    else floats = in.array<float>(), row.type = DeviceOutput::float32;
+    const std::vector<size_t> sides = sums ? sums->sides() : codes ? codes->sides() : floats->sides();
+    if (in.is_array_of<int64_t>()) wide = in.array<int64_t>();
+    else shadow = in.optional_array<int32_t>();
+    std::vector<float> scales = in.list<float>();
+    if (scales.size() == 1) scales.assign(sides[1], scales[0]);
+    const auto bias = in.optional_array<float>();
+    row.output_scale = static_cast<float>(in.number());
+    row.scales = scales.data();
+    row.bias = bias ? bias->data() : nullptr;
+    row.n = static_cast<int64_t>(sides[1]);
+    std::vector<float> y(sides[0] * sides[1]);
+    for (size_t r = 0; r < sides[0]; ++r) {
+      const int64_t at = int64_t(r) * row.n;
+      if (sums) row.result = sums->data() + at;
+      else if (codes) row.result = codes->data() + at;
+      else row.result = floats->data() + at;
+      if (shadow) row.shadow = shadow->data() + at;
+      if (wide) row.wide_shadow = wide->data() + at;
+      row.y = y.data() + at;
+      kernels.finish(row);
+    }
+    out.add(y.data(), sides);
+  };
+}
+
 const Crc32c& crc32c_named(const std::string& level) {
   for (const Crc32c& crc : crc32c_levels())
     if (crc.name == level) return crc;
@@ -421,6 +556,7 @@ int serve() {
   add_matmul_calls(calls);
   add_float_calls(calls);
   add_executor_calls(calls);
+  add_shadow_calls(calls);
   add_crc32c_calls(calls);
   for (Request in; in.receive();) {
     Reply reply;

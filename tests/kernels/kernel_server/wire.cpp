@@ -18,7 +18,7 @@ T read_as() {
   return value;
 }
 
-size_t item_bytes(char dtype) { return dtype == 'd' ? 8 : dtype == 'f' || dtype == 'i' ? 4 : dtype == 'e' ? 2 : 1; }
+size_t item_bytes(char dtype) { return dtype == 'd' || dtype == 'q' ? 8 : dtype == 'f' || dtype == 'i' ? 4 : dtype == 'e' ? 2 : 1; }
 
 }  // namespace
 

@@ -1,7 +1,7 @@
 // Requests and replies on stdin and stdout, as ../emulated.py writes and reads them, little-endian:
 //   message  u64 number of values, values
 //   value    a kind, then: i i64 · f f64 · s u64 length, bytes · a dtype, u8 ndim, u64 sides, data · n nothing
-//   dtype    d f64 · f f32 · e f16 · b i8 · B u8 · i i32, numpy's characters
+//   dtype    d f64 · f f32 · e f16 · b i8 · B u8 · i i32 · q i64, numpy's characters
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -20,6 +20,7 @@ template <> struct DtypeOf<uint16_t> { static constexpr char value = 'e'; };
 template <> struct DtypeOf<int8_t> { static constexpr char value = 'b'; };
 template <> struct DtypeOf<uint8_t> { static constexpr char value = 'B'; };
 template <> struct DtypeOf<int32_t> { static constexpr char value = 'i'; };
+template <> struct DtypeOf<int64_t> { static constexpr char value = 'q'; };
 
 // The data's last byte is the last readable one: a kernel that reads beyond it dies.
 class GuardedBytes {
@@ -74,6 +75,8 @@ class Request {
     }
     return array<T>();
   }
+  template <typename T>
+  bool is_array_of() const { return peek() == 'a' && values_[next_].array.dtype == DtypeOf<T>::value; }
   template <typename T>
   std::vector<T> list() {
     const Array<T> values = array<T>();
