@@ -17,7 +17,8 @@ from elute.errors import ShapeError
 from elute.npu.choices import CHOICES, SHADOWED, Choice
 from elute.npu.device import Q_MAX
 from elute.npu.ranges import Observed, Range
-from elute.npu.rows import quantized, weight_scales
+from elute.npu.reference import quantize_weights
+from elute.npu.rows import weight_scales
 from elute.npu.sites import Host, Segments, Site
 from elute.types import F32, I32, I64
 
@@ -30,6 +31,7 @@ MIN_TOKENS = 128
 _SCORED = 64  # predictions at the end of a window that are compared
 _COARSE = Q_MAX / 16  # steps up to the bound of a rounding that stands out of the noise
 _LEAST = 1e-30
+OUTPUT_SHARE = 0.999  # of an output's values that int8 holds; those beyond are computed again
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,6 +51,11 @@ class SiteStatistics:
     tokens: int
     peaks: tuple[F32, ...]
     effects: Mapping[Choice, float]
+
+    @property
+    def output_scales(self) -> tuple[float, ...]:
+        """Of each product, where a device rounds its outputs to int8."""
+        return tuple((o.quantile(OUTPUT_SHARE) or 1.0) / Q_MAX for o in self.outputs)
 
 
 def calibrate(
@@ -178,8 +185,8 @@ def _effects(
     """
     rounded = []
     for w in weights:
-        scales = weight_scales(w, per_channel=True)
-        rounded.append(quantized(w, scales).astype(np.float32) * scales[:, None])
+        scales = weight_scales(np.abs(w).max(axis=1), per_channel=True)
+        rounded.append(quantize_weights(w, scales).astype(np.float32) * scales[:, None])
     with host.cut([site]) as segments:
         segments.run(0, tokens, 0)
         held = _Registers(segments, host, tokens.size)

@@ -13,14 +13,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from elute import _native
+from elute.errors import DeviceError
 from elute.npu.device import Q_MAX, Graph, Outputs
 from elute.npu.rows import Rows
 from elute.npu.sites import Site
-from elute.types import F32, I8
+from elute.types import F32, I8, I32, I64
 
 
 @dataclass
@@ -35,110 +38,124 @@ class Counts:
 
 @dataclass(eq=False)
 class Pending:
-    """A product of a chunk under way: q i8 [rows, K] of the device, r as n outliers."""
+    """A product of a chunk under way; see npu/reference.py for what was clipped.
 
-    q: I8
-    rows: npt.NDArray[np.int64]  # [n]
-    channels: npt.NDArray[np.int64]  # [n]
-    residuals: npt.NDArray[np.int64]  # [n]
+    q          i8 [rows, K], beyond the tokens 0
+    starts     i32 [n_tokens + 1], channels, residuals i32 [n]
+    results    of the device, for each product [rows, N]
+    shadow     i32 or i64 [n_tokens, N of all products]
+    """
+
     n_tokens: int
-    results: list[npt.NDArray[np.generic]] | None = None
-    shadow: npt.NDArray[np.int64] | None = None  # [n_tokens, N of all products]
+    q: I8
+    starts: I32
+    channels: I32
+    residuals: I32
+    results: Sequence[npt.NDArray[Any]] = ()
+    shadow: I32 | I64 | None = None
 
 
 class StaticLinear:
-    """One site's products. Not for two chunks' same call at once; calls of different chunks may mix.
+    """One site's products. Chunks may be at different calls at the same time.
 
     outputs  of the device's profile
     shadow   whether what the device clips is added back
     """
 
     def __init__(
-        self, site: Site, graph: Graph, outputs: Outputs, rows: Rows, *, shadow: bool
+        self, site: Site, graph: Graph, outputs: Outputs, rows: Rows, *, shadow: bool, isa: str
     ) -> None:
         self.site = site
         self.graph = graph
+        self.rows = rows
         self.shadow = shadow
         self.counts = Counts()
+        self._isa = isa
         self._outputs = outputs
-        self._rows = rows
         self._scale = np.float32(graph.products[0].input_scale)
-        # of the sums of each output, as floats
-        self._factors = [
-            np.broadcast_to(p.weight_scales * self._scale, p.shape[:1]).astype(np.float32)
-            for p in graph.products
-        ]
+        # what a step of each output's sum is worth
+        self._factors = [(p.weight_scales * self._scale).astype(np.float32) for p in graph.products]
 
     @property
     def name(self) -> str:
         return self.graph.name
 
     def split(self, x: F32) -> Pending:
-        """x f32 [M, K] -> what the device gets, padded with zeros to its rows, and what not."""
+        """x f32 [M, K] -> what the device gets, and what not.
+
+        Raises DeviceError for values that are not finite.
+        """
         if self.site.columns is not None:
             x = x[:, self.site.columns]
-        whole = np.rint(x / self._scale)
-        clipped = np.clip(whole, -Q_MAX - 1, Q_MAX)
+        try:
+            clipped, starts, channels, residuals = _native.split_outliers(
+                self._isa, np.ascontiguousarray(x), float(self._scale)
+            )
+        except ValueError as error:
+            raise DeviceError(f"{self.name}: {error}; run without --npu") from None
         q = np.zeros((self.graph.rows, x.shape[1]), np.int8)
         q[: len(x)] = clipped
-        rows, channels = np.nonzero(whole != clipped)
-        residuals = (whole - clipped)[rows, channels].astype(np.int64)
         self.counts.inputs += x.size
-        self.counts.clipped += rows.size
-        return Pending(q, rows, channels, residuals, len(x))
+        self.counts.clipped += residuals.size
+        return Pending(len(x), q, starts, channels, residuals)
 
     def add_shadow(self, pending: Pending) -> None:
         """What the device clipped, times the weights."""
         if not self.shadow or not pending.residuals.size:
             return
         wanted, slots = np.unique(pending.channels, return_inverse=True)
-        rows = self._rows.of(wanted)
-        compact = np.zeros((pending.n_tokens, wanted.size), np.int64)
-        compact[pending.rows, slots] = pending.residuals
-        pending.shadow = compact @ rows.astype(np.int64)
+        pending.shadow = _native.shadow_product(
+            self._isa,
+            pending.starts,
+            slots.astype(np.int32),
+            pending.residuals,
+            self.rows.of(wanted),
+        )
 
     def finish(self, pending: Pending, outputs: Sequence[F32]) -> None:
         """Writes y f32 [M, N] of each product, bias included, into `outputs`."""
-        assert pending.results is not None
         at = 0
         for i, product in enumerate(self.graph.products):
             n = product.shape[0]
+            shadow: Any = None
+            if pending.shadow is not None:
+                shadow = np.ascontiguousarray(pending.shadow[:, at : at + n])
             result = pending.results[i][: pending.n_tokens]
-            shadow = None if pending.shadow is None else pending.shadow[:, at : at + n]
-            y = self._product(i, result, shadow)
+            y = outputs[i][: pending.n_tokens]
+            _native.finish_product(
+                self._isa,
+                result,
+                shadow,
+                self._factors[i],
+                self.site.biases[i],
+                y,
+                product.output_scale or 0.0,
+            )
             if self._outputs is Outputs.INT8:
                 self._repair(i, pending, result, y)
-            bias = self.site.biases[i]
-            outputs[i][: pending.n_tokens] = y if bias is None else y + bias
             at += n
 
-    def _product(
-        self, i: int, result: npt.NDArray[np.generic], shadow: npt.NDArray[np.int64] | None
-    ) -> F32:
-        factors = self._factors[i]
-        if self._outputs is Outputs.INT32:
-            sums = result.astype(np.int64) if shadow is None else result.astype(np.int64) + shadow
-            exact: F32 = sums.astype(np.float32) * factors
-            return exact
-        y = result.astype(np.float32)
-        if self._outputs is Outputs.INT8:
-            y *= np.float32(self.graph.products[i].output_scale or 0)
-        return y if shadow is None else y + shadow.astype(np.float32) * factors
-
-    def _repair(self, i: int, pending: Pending, result: npt.NDArray[np.generic], y: F32) -> None:
+    def _repair(self, i: int, pending: Pending, result: I8, y: F32) -> None:
         """Elements that the device saturated, whole from all their inputs."""
-        tokens, outputs = np.nonzero((result >= Q_MAX) | (result <= -Q_MAX - 1))  # type: ignore[operator]
+        tokens, outputs = np.nonzero((result == Q_MAX) | (result == -Q_MAX - 1))
         self.counts.outputs += result.size
         self.counts.saturated += tokens.size
         if not tokens.size:
             return
         wanted, slots = np.unique(outputs, return_inverse=True)
-        weights = self._rows.outputs(i, wanted).astype(np.float64)
-        whole = pending.q[: pending.n_tokens].astype(np.float64)
-        if self.shadow:
-            whole[pending.rows, pending.channels] += pending.residuals
-        for slot, output in enumerate(wanted):
-            at = tokens[slots == slot]
-            y[at, output] = (whole[at] @ weights[slot]).astype(np.float32) * self._factors[i][
-                output
-            ]
+        starts, channels, residuals = pending.starts, pending.channels, pending.residuals
+        if not self.shadow:
+            starts, channels, residuals = np.zeros_like(starts), channels[:0], residuals[:0]
+        sums = _native.saturated_products(
+            self._isa,
+            pending.q[: pending.n_tokens],
+            starts,
+            channels,
+            residuals,
+            self.rows.outputs(i, wanted),
+            tokens.astype(np.int32),
+            slots.astype(np.int32),
+        )
+        factors, bias = self._factors[i], self.site.biases[i]
+        exact = sums.astype(np.float32) * (factors if factors.size == 1 else factors[outputs])
+        y[tokens, outputs] = exact if bias is None else exact + bias[outputs]

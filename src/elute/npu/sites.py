@@ -18,6 +18,7 @@ class Site:
     input    the register [tokens, K] that it reads; outputs: [tokens, N] for each weight
     biases   f32 [N] for each weight, None without
     columns  i32 [K], channel columns[j] meets stored column j; None: as they are
+    attention  whether the forward has attention between the site before this one and this one
     """
 
     index: int
@@ -26,6 +27,7 @@ class Site:
     weights: tuple[str, ...]
     biases: tuple[F32 | None, ...]
     columns: I32 | None
+    attention: bool = False
 
     @property
     def name(self) -> str:
@@ -60,6 +62,7 @@ class Host(Protocol):
     context: int
     vocabulary: int
     n_registers: int
+    logits_bytes: int
     sites: Sequence[Site]
 
     def cut(self, sites: Sequence[Site], n_chunks: int = 1) -> AbstractContextManager[Segments]: ...

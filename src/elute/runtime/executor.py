@@ -305,6 +305,7 @@ class _Builder:
         self._matrices: dict[str, tuple[int, PackedMatrix]] = {}
         self.masks: dict[str, int] = {}
         self.sites: list[Site] = []
+        self._attends = False  # since the last site
         self._in_banks: dict[str, int] = {}  # index of a matrix in channel order
         self._banks, self._bank_index = _open_banks(ops, weights)
         self._next_use = 0
@@ -329,6 +330,7 @@ class _Builder:
                         self._registers[op.register], op.head_width, self._tables[op.table]
                     )
                 case Attention():
+                    self._attends = True
                     self._native.attention(
                         self._registers[op.query],
                         self._registers[op.key],
@@ -448,8 +450,10 @@ class _Builder:
                 tuple(op.weights[i] for i in members),
                 tuple(None if bias is None else self._vector(bias) for bias in biases),
                 columns,
+                self._attends,
             )
         )
+        self._attends = False
 
     def _experts(self, op: Experts) -> None:
         def indices(names: tuple[str, ...]) -> list[int]:
