@@ -17,6 +17,7 @@ from elute.npu.policies import (
     OutOfOrder,
     Pairs,
     RandomOrder,
+    Staggered,
 )
 from elute.npu.run import run
 from elute.npu.schedule import (
@@ -37,6 +38,8 @@ POLICIES: list[Policy] = [
     OutOfOrder(),
     CriticalPath(),
     FeedNpu(),
+    Staggered(0.3),
+    Staggered(0.3, npu_waits=True),
     *(RandomOrder(seed) for seed in range(5)),
 ]
 
