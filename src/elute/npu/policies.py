@@ -144,8 +144,9 @@ class Staggered:
 
     lead       at least 0
     npu_waits  the NPU takes its products strictly in that order, and waits for one that is not
-               ready. With two chunks this beats every rule that never waits: a long product that
-               is begun for want of another keeps a short one up, and the processor behind it.
+               ready. With two chunks this beats every rule here that never waits: a long
+               product that is begun for want of another keeps a short one up, and the processor
+               behind it.
     """
 
     lead: float
