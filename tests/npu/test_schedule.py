@@ -20,6 +20,7 @@ from elute.npu.policies import (
     OutOfOrder,
     Pairs,
     RandomOrder,
+    Staggered,
     quickest,
 )
 from elute.npu.schedule import (
@@ -42,9 +43,11 @@ POLICIES: list[Policy] = [
     Pairs(skew=4),
     OutOfOrder(),
     CriticalPath(),
-    CriticalPath(lead=0.01),
     FeedNpu(),
-    FeedNpu(lead=0.003),
+    Staggered(0.0),
+    Staggered(0.3),
+    Staggered(0.3, npu_waits=True),
+    Staggered(5.0, npu_waits=True),
     RandomOrder(0),
     RandomOrder(1),
 ]
@@ -199,6 +202,14 @@ def test_quickest_rule_leaves_npu_that_dominates_hardly_a_bubble(
     found = simulate(graph, times, quickest(graph, times))
     assert found.bubbles <= 0.005
     assert found.makespan_s <= 1.005 * found.bound_s
+
+
+def test_npu_that_waits_for_its_turn_is_quicker_with_two_chunks() -> None:
+    graph, times = layers(30, 2, npu_s=10 * MS, cpu_s=5 * MS, shadows=False)
+    greedy = simulate(graph, times, CriticalPath())
+    found = simulate(graph, times, quickest(graph, times))
+    assert greedy.bubbles > 0.1
+    assert found.bubbles < 0.06
 
 
 def test_processor_that_dominates_hardly_waits() -> None:

@@ -1,4 +1,4 @@
-"""Rules that choose which task a worker begins. All deterministic, none knows the future.
+"""Rules that choose which task a worker begins. All are deterministic.
 
 Ties go to the lower chunk, which ends sooner and gives its registers back, then to the longest.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import random
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 from elute.npu.schedule import (
     Choose,
@@ -33,20 +34,16 @@ class InOrder:
 class Pairs:
     """Two chunks at a time, the second `skew` stages behind the first, and nobody goes on until
     both are done with a stage: the naive overlap, as in llm.npu's released code (its skew is 4
-    graphs). An odd last chunk is alone.
+    graphs). An odd last chunk is alone, and each where only one may be in flight.
     """
 
     skew: int = 1
 
     def begin(self, graph: Graph, seconds: Sequence[float]) -> Choose:
-        width = graph.n_stages + self.skew
-        return _Steps(
-            graph,
-            [
-                task.chunk // 2 * width + task.chunk % 2 * self.skew + task.stage
-                for task in graph.tasks
-            ],
-        )
+        skew = self.skew if graph.in_flight > 1 else graph.n_stages
+        width = graph.n_stages + skew
+        steps = [t.chunk // 2 * width + t.chunk % 2 * skew + t.stage for t in graph.tasks]
+        return _Steps(graph, steps)
 
 
 class _Steps:
@@ -100,16 +97,10 @@ class OutOfOrder:
 
 @dataclass(frozen=True)
 class CriticalPath:
-    """That from which the longest path to the end of all leads.
-
-    lead  each chunk is to be ahead of the next by this share of the longest path. Where all are in
-          step, they want the same worker at the same time.
-    """
-
-    lead: float = 0.0
+    """That from which the longest path to the end of all leads."""
 
     def begin(self, graph: Graph, seconds: Sequence[float]) -> Choose:
-        keys = _critical(graph, seconds, self.lead)
+        keys = _critical(graph, seconds)
 
         def choose(ready: Sequence[int], worker: Worker, front: Front) -> int:
             return min(ready, key=keys.__getitem__)
@@ -124,11 +115,9 @@ class FeedNpu:
     before the longest float work until nothing else is left.
     """
 
-    lead: float = 0.0
-
     def begin(self, graph: Graph, seconds: Sequence[float]) -> Choose:
         successors = graph.successors
-        keys = _critical(graph, seconds, self.lead)
+        keys = _critical(graph, seconds)
         npu_s = [
             taken if task.worker == Worker.NPU else 0.0
             for task, taken in zip(graph.tasks, seconds, strict=True)
@@ -144,6 +133,42 @@ class FeedNpu:
                 return -made, keys[index]
 
             return min(ready, key=key)
+
+        return choose
+
+
+@dataclass(frozen=True)
+class Staggered:
+    """Each chunk keeps `lead` layers ahead of the next: where all are in step, they want the same
+    worker at the same time.
+
+    lead       at least 0
+    npu_waits  the NPU takes its products strictly in that order, and waits for one that is not
+               ready. With two chunks this beats every rule here that never waits: a long
+               product that is begun for want of another keeps a short one up, and the processor
+               behind it.
+    """
+
+    lead: float
+    npu_waits: bool = False
+
+    def begin(self, graph: Graph, seconds: Sequence[float]) -> Choose:
+        tasks = graph.tasks
+        reached = _reached(graph, seconds)
+        lead_s = self.lead * reached[-1] / max(1, graph.n_layers)
+        keys = [(reached[t.stage] + lead_s * t.chunk, index) for index, t in enumerate(tasks)]
+        products: list[list[int]] = [[] for _ in range(graph.n_chunks)]
+        for index in reversed(range(len(tasks))):
+            if tasks[index].worker == Worker.NPU:
+                products[tasks[index].chunk].append(index)
+
+        def choose(ready: Sequence[int], worker: Worker, front: Front) -> int | None:
+            if worker == Worker.CPU or not self.npu_waits:
+                return min(ready, key=keys.__getitem__)
+            # Of chunks that have begun: others may have to wait until one of these has ended.
+            begun = [left for left in products[: front.n_begun] if left]
+            first = min(begun, key=lambda left: keys[left[-1]])
+            return first.pop() if first[-1] in ready else None
 
         return choose
 
@@ -166,22 +191,38 @@ class RandomOrder:
 _Key = tuple[float, int, float, int]
 
 
-def _critical(graph: Graph, seconds: Sequence[float], lead: float) -> list[_Key]:
+def _critical(graph: Graph, seconds: Sequence[float]) -> list[_Key]:
     """The lowest key first."""
     after = remaining(graph, seconds)
-    lead_s = lead * max(after)
     return [
-        (lead_s * task.chunk - after[index], task.chunk, -seconds[index], index)
+        (-after[index], task.chunk, -seconds[index], index)
         for index, task in enumerate(graph.tasks)
     ]
 
 
-# From 0.02 to 0.1 a lead was worse than none nearly wherever it was tried: 2 to 8 chunks, a
-# processor with half to twice the work of the NPU.
-RULES: tuple[Policy, ...] = tuple(
-    rule(thousandths / 1000)
-    for thousandths in (0, 3, 6, 1, 2, 4, 5, 8, 10)
-    for rule in (CriticalPath, FeedNpu)
+def _reached(graph: Graph, seconds: Sequence[float]) -> list[float]:
+    """How much of a chunk's work, alone and on average over the chunks, lies before each stage;
+    last, all of it. A shadow runs beside its product: the longer one counts."""
+    longest: dict[tuple[int, int], float] = {}
+    for task, taken in zip(graph.tasks, seconds, strict=True):
+        place = task.stage, task.chunk
+        longest[place] = max(taken, longest.get(place, 0.0))
+    reached = [0.0] * (graph.n_stages + 1)
+    for (stage, _), taken in longest.items():
+        reached[stage + 1] += taken / graph.n_chunks
+    return list(accumulate(reached))
+
+
+# In steps of a twentieth of a layer: bubbles change by percents from one to the next. Leads of more
+# than half a layer were never the best of 2 to 8 chunks, a processor with half to twice the work.
+RULES: tuple[Policy, ...] = (
+    CriticalPath(),
+    FeedNpu(),
+    *(
+        Staggered(twentieths / 20, npu_waits)
+        for npu_waits in (False, True)
+        for twentieths in (4, 6, 2, 8, 3, 5, 7)
+    ),
 )
 NEAR = 1.001  # times the bound
 

@@ -56,6 +56,7 @@ Times = Mapping[Task, float]  # seconds
 class Graph:
     """Tasks in an order in which they could run one by one; they are named by their index.
 
+    n_layers   stages with attention
     in_flight  no more chunks than this may be begun and not ended; begun in ascending order
     """
 
@@ -64,6 +65,7 @@ class Graph:
     n_predecessors: tuple[int, ...]
     n_chunks: int
     n_stages: int
+    n_layers: int
     in_flight: int
 
 
@@ -121,7 +123,8 @@ def tasks(stages: Sequence[Stage], n_chunks: int, *, in_flight: int | None = Non
         for earlier in before:
             successors[earlier].append(index)
     after = tuple(tuple(each) for each in successors)
-    return Graph(tuple(named), after, tuple(counts), n_chunks, len(stages), limit)
+    n_layers = sum(stage.attention for stage in stages)
+    return Graph(tuple(named), after, tuple(counts), n_chunks, len(stages), n_layers, limit)
 
 
 def task_times(
@@ -154,6 +157,7 @@ class Front:
     """Where one run stands: what is ready. Not for two threads at once.
 
     missing  of each task: how many it still waits for
+    n_begun  no chunk from this one on has begun
     """
 
     def __init__(self, graph: Graph, seconds: Sequence[float], policy: Policy) -> None:
@@ -168,7 +172,7 @@ class Front:
             self._left_of_chunk[task.chunk] += 1
             if not self.missing[index]:
                 self.ready[task.worker].append(index)
-        self._n_begun = self._n_ended = 0
+        self.n_begun = self._n_ended = 0
         self._limited = graph.in_flight < graph.n_chunks
         self._choose = policy.begin(graph, seconds)
 
@@ -180,7 +184,7 @@ class Front:
         if taken is not None:
             ready.remove(taken)
             self.running[worker] = taken
-            self._n_begun = max(self._n_begun, self.graph.tasks[taken].chunk + 1)
+            self.n_begun = max(self.n_begun, self.graph.tasks[taken].chunk + 1)
         return taken
 
     def finish(self, worker: Worker) -> None:
@@ -198,10 +202,10 @@ class Front:
 
     def _may_begin(self, index: int) -> bool:
         chunk = self.graph.tasks[index].chunk
-        if chunk < self._n_begun:
+        if chunk < self.n_begun:
             return True
         # In order: a later chunk would wait in its attention for one that never may begin.
-        return chunk == self._n_begun and self._n_begun - self._n_ended < self.graph.in_flight
+        return chunk == self.n_begun and self.n_begun - self._n_ended < self.graph.in_flight
 
 
 @dataclass(frozen=True)
