@@ -34,8 +34,8 @@ PROFILES = {
 }
 PROVIDER_NAMES = {"qnn": "QNNExecutionProvider", "cpu": "CPUExecutionProvider"}
 MODEL_FILE = "model.onnx"
-# Compiled graphs depend on these: another set is another qdq.FORM. Mode 3 optimizes most; for graphs
-# of matrix products it took no longer than the default.
+# Compiled graphs depend on these: another set is another qdq.FORM. Mode 3 optimizes most; for
+# matrix products it takes no longer than the default.
 HTP_OPTIONS = {"htp_performance_mode": "burst", "htp_graph_finalization_optimization_mode": "3"}
 QUIET = 4  # ONNX Runtime's levels: fatal errors only; what it refuses, it raises
 
