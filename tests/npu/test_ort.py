@@ -157,6 +157,48 @@ def test_a_folder_that_cannot_be_written_is_said_and_done_without(tmp_path: Path
     assert said[0].endswith("; compiled graphs are not kept")
 
 
+class Faulty:
+    """A session whose first output has one wrong number, or an error for a result."""
+
+    def __init__(self, session, fault):
+        self._session, self._fault = session, fault
+
+    def run(self, names, feeds):
+        first, *others = self._session.run(names, feeds)
+        return [self._fault(first), *others]
+
+
+def off_by_two(y):
+    y = y.copy()
+    y[-1, -1] = y[-1, -1] + (2 if y[-1, -1] < 0 else -2)
+    return y
+
+
+def fail(y):
+    raise RuntimeError("graph execution failed\n 1002")
+
+
+@pytest.mark.parametrize("provider", ["cpu", pytest.param("qnn", marks=needs_qnn)])
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (off_by_two, r"found -?\d+ in row 4, output 7, wanted -?\d+ \(2.5% of the outputs are"),
+        (fail, r"p0.8x64 does not run \(graph execution failed 1002\); use --npu off"),
+        (lambda y: y.astype(np.int16), r"found an output int16 \[5, 8\], wanted int"),
+        (lambda y: y[:4], r"found an output int\d+ \[4, 8\], wanted int\d+ \[5, 8\]"),
+    ],
+)
+def test_a_device_that_multiplies_wrong_is_not_used(monkeypatch, provider, fault, message) -> None:
+    of = graph(5, 64, 8, 16)
+    opened = ort.open_session
+    monkeypatch.setattr(ort, "open_session", lambda *told: Faulty(opened(*told), fault))
+    device = ort.Ort(provider)
+    with pytest.raises(DeviceError, match=message):
+        device.load([of])
+    with pytest.raises(DeviceError, match=r"found no graph p0.8x64 among the 0 loaded"):
+        device.run(of.name, inputs(5, 64))
+
+
 def test_unknown_providers_and_scales_are_refused() -> None:
     with pytest.raises(UnsupportedError, match="npu: found the provider tpu, wanted qnn or cpu"):
         ort.Ort("tpu")

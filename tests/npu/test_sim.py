@@ -196,6 +196,21 @@ def test_names_are_known_once() -> None:
         Sim("x")
 
 
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+def test_values_that_are_not_finite_are_an_error_of_the_device(bad: float) -> None:
+    of = graph(2, 16, 8)
+    outputs = [np.full((2, 8), 1, F32)]
+    assert checks.check_outputs(of, FLOATS, outputs, "floats") == outputs
+    outputs[0][1, 3] = bad
+    with pytest.raises(DeviceError) as refused:
+        checks.check_outputs(of, FLOATS, outputs, "floats")
+    assert str(refused.value) == (
+        "npu floats: p0.8x16: found values that are not finite; use --npu off and report it"
+    )
+    with pytest.raises(DeviceError, match="found 0 outputs, wanted 1"):
+        checks.check_outputs(of, FLOATS, [], "floats")
+
+
 def test_a_digest_is_of_rows_and_products_in_order() -> None:
     a, b = product(8, 16), product(8, 16, seed=1)
     graphs = [Graph(4, (a, b)), Graph(4, (b, a)), Graph(5, (a, b)), Graph(4, (a,))]

@@ -91,12 +91,16 @@ class OpenVino:
         found = [None if self._artefacts is None else self._artefacts.find(g) for g in graphs]
         if self._artefacts is not None:
             self._artefacts.say_stale()
-        for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
-            self._compiled[graph.name] = self._compile(graph, place)
-            self._graphs[graph.name] = graph
-            if progress is not None:
-                progress("npu: compile", done, len(graphs))
-        checks.self_test(self, graphs)
+        try:
+            for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
+                self._compiled[graph.name] = self._compile(graph, place)
+                self._graphs[graph.name] = graph
+                if progress is not None:
+                    progress("npu: compile", done, len(graphs))
+            checks.self_test(self, graphs)
+        except BaseException:
+            self.close()  # nothing runs on a device that failed
+            raise
 
     def _compile(self, graph: Graph, place: Path | None) -> Any:
         try:
@@ -105,8 +109,9 @@ class OpenVino:
             model = self._core.read_model(qdq.onnx_model(graph, self._profile.outputs))
             compiled = self._core.compile_model(model, self._target)
         except RuntimeError as error:
+            what = "compile" if place is None else f"load from {place}"
             raise DeviceError(
-                f"npu {self._profile.name}: {graph.name} does not compile ({_line(error)}); "
+                f"npu {self._profile.name}: {graph.name} does not {what} ({_line(error)}); "
                 "use --npu off"
             ) from error
         if compiled.get_property("EXECUTION_DEVICES") not in ([self._target], self._target):

@@ -34,6 +34,9 @@ PROFILES = {
 }
 PROVIDER_NAMES = {"qnn": "QNNExecutionProvider", "cpu": "CPUExecutionProvider"}
 MODEL_FILE = "model.onnx"
+# Compiled graphs depend on these: another set is another qdq.FORM. Mode 3 optimizes most; for
+# matrix products it takes no longer than the default.
+HTP_OPTIONS = {"htp_performance_mode": "burst", "htp_graph_finalization_optimization_mode": "3"}
 QUIET = 4  # ONNX Runtime's levels: fatal errors only; what it refuses, it raises
 
 
@@ -127,12 +130,16 @@ class Ort:
         found = [None if self._artefacts is None else self._artefacts.find(g) for g in graphs]
         if self._artefacts is not None:
             self._artefacts.say_stale()
-        for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
-            self._sessions[graph.name] = self._session_of(graph, place)
-            self._graphs[graph.name] = graph
-            if progress is not None:
-                progress("npu: compile", done, len(graphs))
-        checks.self_test(self, graphs)
+        try:
+            for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
+                self._sessions[graph.name] = self._session_of(graph, place)
+                self._graphs[graph.name] = graph
+                if progress is not None:
+                    progress("npu: compile", done, len(graphs))
+            checks.self_test(self, graphs)
+        except BaseException:
+            self.close()  # nothing runs on a device that failed
+            raise
 
     def _session_of(self, graph: Graph, place: Path | None) -> Any:
         if place is None and self._artefacts is not None:
@@ -237,7 +244,7 @@ def open_session(
     if provider == "qnn":
         device, backend = qnn_device()
         options.add_session_config_entry("session.disable_cpu_ep_fallback", "1")
-        asked = {"backend_path": backend, "htp_performance_mode": "burst"}
+        asked = {"backend_path": backend, **HTP_OPTIONS}
         if soc is not None:
             asked |= {"htp_arch": str(soc.arch), "soc_model": str(soc.model)}
         options.add_provider_for_devices([device], asked)
@@ -246,8 +253,9 @@ def open_session(
     try:
         session = runtime().InferenceSession(model, options, providers=listed, enable_fallback=0)
     except Exception as error:  # its errors have no common class
+        what = "compile" if isinstance(model, bytes) else f"load from {model}"
         raise DeviceError(
-            f"npu {provider}: {name} does not compile ({_line(error)}); use --npu off"
+            f"npu {provider}: {name} does not {what} ({_line(error)}); use --npu off"
         ) from error
     if session.get_providers()[0] != PROVIDER_NAMES[provider]:
         raise DeviceError(

@@ -18,7 +18,7 @@ from elute.npu import checks
 from elute.npu.device import Graph, Outputs
 from elute.types import I8, U8
 
-FORM = 1  # of the models below: another one is another artefact
+FORM = 1  # of the models below and of how they are compiled: another one is another artefact
 INPUT = "x"
 OPSET, IR = 21, 10
 MAX_BYTES = (2**31) - (1 << 24)  # a serialized protobuf ends at 2 GiB
@@ -44,6 +44,7 @@ def onnx_model(graph: Graph, outputs: Outputs) -> bytes:
         raise DeviceError(
             f"npu: the package onnx does not load ({error}); pip install 'elute[npu]'"
         ) from None
+    assert outputs is not Outputs.FLOAT
     size = sum(n * k for n, k in (product.shape for product in graph.products))
     if size > MAX_BYTES:
         raise UnsupportedError(
