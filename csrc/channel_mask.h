@@ -15,7 +15,17 @@ struct ChannelMask {
   float threshold = 0;
 
   float score(int channel, float x) const { return std::fabs(x) * importance[channel]; }
-  float masked(int channel, float x) const { return score(channel, x) < threshold ? 0.0f : x; }
+  float masked(int channel, float x) const { return masked(channel, x, threshold); }
+  float masked(int channel, float x, float least) const { return score(channel, x) < least ? 0.0f : x; }
+};
+
+// The choice of marginal channels by what it costs to have them: thresholds of a channel whose weights are in memory, and of one
+// whose weights would have to be read. At a share of 0 both are the mask's own.
+struct CacheAware {
+  float share = 0;  // 0 to 1
+
+  float present(float threshold) const { return threshold * (1.0f - share / 2); }
+  float absent(float threshold) const { return threshold * (1.0f + share); }
 };
 
 // Histograms of scores: a bin for the exponent and the upper 4 bits of the fraction, so each is some 6 % wide.

@@ -38,6 +38,27 @@ class Threshold:
     importance: F32
     value: float
 
+    def active(
+        self, x: F32, present: npt.NDArray[np.bool_] | None = None, *, cache_aware: float = 0.0
+    ) -> npt.NDArray[np.bool_]:
+        """Which channels of a token's input x f32 [K] count: bool [K].
+
+        present      bool [K]: channels whose weights are in memory, or on their way
+        cache_aware  0 to 1: those count from value * (1 - cache_aware / 2) on, the others from
+                     value * (1 + cache_aware) on. The first margin is half of the second, so
+                     that no more channels count than without where up to half of those near the
+                     threshold are in memory; where most are, more may, which costs no read
+
+        What the executor does, bit for bit (csrc/channel_mask.h).
+        """
+        score = np.abs(x) * self.importance
+        share, value = np.float32(cache_aware), np.float32(self.value)
+        if present is None:
+            return ~(score < value)
+        one, two = np.float32(1), np.float32(2)
+        least = np.where(present, value * (one - share / two), value * (one + share))
+        return ~(score < least)
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -144,6 +165,14 @@ def check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity <= MAX_SPARSITY:
         raise ShapeError(
             f"sparsity: found {sparsity}, wanted 0 (every weight counts) to {MAX_SPARSITY}"
+        )
+
+
+def check_cache_aware(cache_aware: float) -> None:
+    if not 0 <= cache_aware <= 1:
+        raise ShapeError(
+            f"cache_aware: found {cache_aware}, wanted 0 (the answer does not depend on what is in "
+            "memory) to 1"
         )
 
 
