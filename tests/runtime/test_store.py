@@ -6,10 +6,12 @@ from safetensors.numpy import load_file, save_file
 from test_gptq import MODULE, gptq_tensors, settings_of
 from tiny_folder import save_tiny_folder
 
-from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
+from elute.errors import NOTE, EluteError, FormatError, ShapeError, UnsupportedError
 from elute.quantize.recipe import Recipe
 from elute.runtime.store import (
+    by_channel_folder,
     choose_recipe,
+    disk_bytes,
     foresee_packed,
     is_packed,
     open_packed,
@@ -125,3 +127,17 @@ def test_act_order_in_experts_is_refused_before_any_work(tmp_path):
             attempt(str(source), cache_dir=cache)
         assert not cache.exists()
     assert open_packed(str(source), bits=4, cache_dir=cache).path.is_dir()
+
+
+def test_both_orders_on_disk_are_told_of(folder, tmp_path, caplog):
+    caplog.set_level(NOTE, "elute")
+    packed = open_packed(str(folder), cache_dir=tmp_path)
+    assert by_channel_folder(packed) is None
+    made = open_packed(str(folder), cache_dir=tmp_path, by_channel=True)
+    (line,) = [r.message for r in caplog.records if "MB of disk" in r.message]
+    assert f"rm -r {made.path} removes the latter" in line
+    assert by_channel_folder(packed) == made.path
+    assert disk_bytes(made.path) >= made.nbytes > 0
+    caplog.clear()
+    open_packed(str(folder), cache_dir=tmp_path, by_channel=True)
+    assert not caplog.records

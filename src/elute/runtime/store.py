@@ -79,7 +79,30 @@ def open_packed(
     if is_packed(target):
         return PackedModel.open(target)
     log.log(NOTE, "%s: its weights are written anew by channel, once, into %s", model, target)
-    return reorder(str(path), target, cache_dir=cache_dir, progress=progress)
+    made = reorder(str(path), target, cache_dir=cache_dir, progress=progress)
+    log.log(
+        NOTE,
+        "%s: takes %.0f MB of disk in panels and %.0f MB by channel; rm -r %s removes the "
+        "latter, which is made again when it is wanted",
+        model,
+        disk_bytes(path) / 1e6,
+        disk_bytes(target) / 1e6,
+        target,
+    )
+    return made
+
+
+def by_channel_folder(packed: PackedModel) -> Path | None:
+    """The same model by channel, where it was made beside a model of the cache."""
+    from elute.runtime.calibration import BY_CHANNEL
+
+    path = packed.path.with_name(packed.path.name + BY_CHANNEL)
+    return path if is_packed(path) else None
+
+
+def disk_bytes(folder: Path) -> int:
+    """Of the files of a packed folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def packed_folder(
