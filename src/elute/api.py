@@ -372,7 +372,7 @@ def load(
     from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.limited import limited_weights
-    from elute.runtime.store import has_experts, open_packed
+    from elute.runtime.store import can_reorder, has_experts, open_packed
 
     check_sparsity(sparsity)
     check_cache_aware(cache_aware)
@@ -400,9 +400,10 @@ def load(
     _native.return_freed_memory()
     ops = op_list(packed.config)
     if cache_aware and not packed.banks:
+        way = "elute convert --order channels makes a folder of it, or " * can_reorder(packed)
         raise UnsupportedError(
             f"{packed.path}: found weights in panel order, wanted channel order for cache_aware; "
-            "elute convert --order channels makes a folder of it, or leave cache_aware out"
+            f"{way}leave cache_aware out"
         )
     if context is not None and context > ops.context:
         log.warning(
