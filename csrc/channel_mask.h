@@ -24,7 +24,11 @@ struct ChannelMask {
 struct CacheAware {
   float share = 0;  // 0 to 1
 
-  float present(float threshold) const { return threshold * (1.0f - share / 2); }
+  // n_present of n channels are in memory: where most are, few remain that could make up for more of them.
+  float present(float threshold, int n_present, int n) const {
+    const float rest = 2 * n_present <= n ? 1.0f : static_cast<float>(n - n_present) / static_cast<float>(n_present);
+    return threshold * static_cast<float>(1 - double{share} / 2 * rest);  // the product is exact, fused or not
+  }
   float absent(float threshold) const { return threshold * (1.0f + share); }
 };
 

@@ -1,6 +1,7 @@
 // What ops do row by row: norms, rotary embedding, gates, residuals, quantization of activations. Between two ops that
 // need all rows, a chunk of rows goes through all of it in one step; a row alone is cut by channels.
 #include <algorithm>
+#include <bit>
 
 #include "executor.h"
 
@@ -160,7 +161,9 @@ void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int
         gathered[i] = masked ? masked->masked(channel, x[channel]) : x[channel];
       }
       if (masked && present) {
-        const float least[] = {cache_aware_.absent(masked->threshold), cache_aware_.present(masked->threshold)};
+        int n_present = 0;
+        for (int word = 0; word * 64 < k; ++word) n_present += std::popcount(present[word]);
+        const float least[] = {cache_aware_.absent(masked->threshold), cache_aware_.present(masked->threshold, n_present, k)};
         for (int i = channels.begin; i < channels.end; ++i)
           gathered[i] = masked->masked(i, x[i], least[present[i / 64] >> (i % 64) & 1]);
       }

@@ -352,7 +352,7 @@ def load(
               the model, which is kept with it
     cache_aware  with memory and sparsity, of a model in channel order: 0 to 1, how much sooner
               weights count that are in memory already, and how much later those that would have to
-              be read (flash.sparsity.Threshold.active). What is answered then depends on memory
+              be read (flash.sparsity.Threshold.least). What is answered then depends on memory
               and on what was answered before; at 0 it does not
     checked   weights are compared with their checksums, at the start or, with memory, whenever
               they are read: damage is then a DeviceError and never a token

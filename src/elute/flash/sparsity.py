@@ -44,20 +44,31 @@ class Threshold:
         """Which channels of a token's input x f32 [K] count: bool [K].
 
         present      bool [K]: channels whose weights are in memory, or on their way
-        cache_aware  0 to 1: those count from value * (1 - cache_aware / 2) on, the others from
-                     value * (1 + cache_aware) on. The first margin is half of the second, so
-                     that no more channels count than without where up to half of those near the
-                     threshold are in memory; where most are, more may, which costs no read
+        cache_aware  0 to 1, see `least`
 
         What the executor does, bit for bit (csrc/channel_mask.h).
         """
         score = np.abs(x) * self.importance
-        share, value = np.float32(cache_aware), np.float32(self.value)
         if present is None:
-            return ~(score < value)
-        one, two = np.float32(1), np.float32(2)
-        least = np.where(present, value * (one - share / two), value * (one + share))
-        return ~(score < least)
+            return ~(score < np.float32(self.value))
+        return ~(score < self.least(present, cache_aware))
+
+    def least(self, present: npt.NDArray[np.bool_], cache_aware: float) -> F32:
+        """The least score of each channel that counts, f32 [K], with cache_aware = M: value *
+        (1 + M) of one that would have to be read, value * (1 - M / 2) of one that is in memory.
+
+        Where more than half are in memory, M / 2 is multiplied by the others' number over theirs:
+        so for any share in memory at most half as many channels come to count as cease to, were
+        scores near the threshold spread evenly; and where all are in memory nothing changes.
+        """
+        n, n_present = present.size, int(present.sum())
+        margin, value = np.float32(cache_aware), np.float32(self.value)
+        rest = np.float32(1)
+        if 2 * n_present > n:
+            rest = np.float32(n - n_present) / np.float32(n_present)
+        sooner = np.float32(1 - float(margin) / 2 * float(rest))
+        later = np.float32(1) + margin
+        return np.where(present, value * sooner, value * later).astype(np.float32)
 
 
 @dataclass(frozen=True, eq=False)
