@@ -55,6 +55,7 @@ BankCache::BankCache(const std::vector<std::string>& paths, std::vector<Bank> ba
     most_blocks = std::max(most_blocks, bank.n_blocks());
   }
   for (const Use& use : uses_) last_.emplace_back((banks_[use.bank].n_rows + 63) / 64, 0);
+  present_.resize(uses_.size());
   for (Half& half : halves_) {
     half.at.assign(most_blocks, kNowhere);
     half.ahead.assign(most_blocks, 0);
@@ -158,6 +159,7 @@ void BankCache::fill(int64_t sequence, int use, const uint64_t* wanted, const ui
   note(kWait, sequence, nanoseconds(started), nanoseconds(ready));
   figures_.waited_s += std::chrono::duration<double>(ready - started).count();
   if (!failed_) predict(sequence + 1, (use + 1) % n_uses(), ahead);
+  if (keeps_present_) find_present(sequence + 1);
 }
 
 void BankCache::wanted_blocks(int bank, const uint64_t* wanted) {
@@ -339,6 +341,27 @@ void BankCache::predict(int64_t sequence, int use, const uint64_t* ahead) {
   plan_reads(half, bank, true, reader_->depth());
   first_read_ns_ = nanoseconds(Clock::now());
   for (const Run& run : runs_) submit(run, half);
+}
+
+void BankCache::keep_present(bool on) {
+  keeps_present_ = on;
+  for (int use = 0; use < n_uses(); ++use) present_[use].assign(on ? last_[use].size() : 0, 0);
+  if (on) find_present(claimed_ + 1);
+}
+
+void BankCache::find_present(int64_t sequence) {
+  const int use = static_cast<int>(sequence % n_uses()), bank = uses_[use].bank;
+  const Bank& b = banks_[bank];
+  const State& state = states_[bank];
+  const Half& half = halves_[sequence & 1];
+  const bool read_ahead = half.sequence == sequence && half.bank == bank;
+  std::vector<uint64_t>& words = present_[use];
+  std::fill(words.begin(), words.end(), 0);
+  for (int block = 0; block < b.n_blocks(); ++block) {
+    if (!b.resident && state.slot_of[block] == kNowhere && !(read_ahead && half.at[block] != kNowhere)) continue;
+    for (int row = block * b.rows_per_block; row < std::min(b.n_rows, (block + 1) * b.rows_per_block); ++row)
+      words[row / 64] |= uint64_t{1} << (row % 64);
+  }
 }
 
 void BankCache::note(int kind, int64_t sequence, int64_t start_ns, int64_t end_ns) {

@@ -80,6 +80,12 @@ class BankCache {
   // What was used often so far no longer counts. Between forwards.
   void forget();
 
+  // Keeps present() from now on, or no longer. Between forwards.
+  void keep_present(bool on);
+  // The rows that a use finds in memory, or read ahead for it: bit r % 64 of word r / 64. Of the use that is next from the time
+  // that the demand before it returned; of others, what they found last.
+  const std::vector<uint64_t>& present(int use) const { return present_[use]; }
+
   std::string failure() const { return failed_.load(std::memory_order_acquire) ? failure_ : std::string(); }
   Figures figures() const;  // between forwards
   // What happened of late, oldest first, as WeightStream::Event: kind, sequence (forward * n_uses + use), start, end in ns.
@@ -131,6 +137,7 @@ class BankCache {
   void admit(const Half& half);
   void place(const Half& half, int bank);
   void predict(int64_t sequence, int use, const uint64_t* ahead);
+  void find_present(int64_t sequence);
   void note(int kind, int64_t sequence, int64_t start_ns, int64_t end_ns);
   void fail(const std::string& what);
 
@@ -145,6 +152,8 @@ class BankCache {
   std::unique_ptr<FlashReader> reader_;
   std::vector<State> states_;
   std::vector<std::vector<uint64_t>> last_;  // [use], words of rows
+  std::vector<std::vector<uint64_t>> present_;  // the same; of no words unless it is kept
+  bool keeps_present_ = false;
   Half halves_[2];
   int in_flight_ = 0;
   struct Pending {

@@ -15,7 +15,21 @@ struct ChannelMask {
   float threshold = 0;
 
   float score(int channel, float x) const { return std::fabs(x) * importance[channel]; }
-  float masked(int channel, float x) const { return score(channel, x) < threshold ? 0.0f : x; }
+  float masked(int channel, float x) const { return masked(channel, x, threshold); }
+  float masked(int channel, float x, float least) const { return score(channel, x) < least ? 0.0f : x; }
+};
+
+// The choice of marginal channels by what it costs to have them: thresholds of a channel whose weights are in memory, and of one
+// whose weights would have to be read. At a share of 0 both are the mask's own.
+struct CacheAware {
+  float share = 0;  // 0 to 1
+
+  // n_present of n channels are in memory: where most are, few remain that could make up for more of them.
+  float present(float threshold, int n_present, int n) const {
+    const float rest = 2 * n_present <= n ? 1.0f : static_cast<float>(n - n_present) / static_cast<float>(n_present);
+    return threshold * static_cast<float>(1 - double{share} / 2 * rest);  // the product is exact, fused or not
+  }
+  float absent(float threshold) const { return threshold * (1.0f + share); }
 };
 
 // Histograms of scores: a bin for the exponent and the upper 4 bits of the fraction, so each is some 6 % wide.

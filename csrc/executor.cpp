@@ -85,6 +85,10 @@ void Executor::observe(bool on) {
   if (!on) return;
   for (size_t i = 0; i < masks_.size() * n_threads(); ++i) histograms_.emplace_back(kScoreBins * int64_t{sizeof(int64_t)});
 }
+void Executor::set_cache_aware(float share) {
+  cache_aware_ = {banks_ && banks_->reads() ? share : 0};
+  if (banks_) banks_->keep_present(cache_aware_.share > 0);
+}
 std::vector<int64_t> Executor::histogram(int mask) const {
   std::vector<int64_t> sum(kScoreBins, 0);
   for (int thread = 0; !histograms_.empty() && thread < n_threads(); ++thread)

@@ -122,6 +122,8 @@ class Executor {
   void set_mask(int mask, std::vector<float> importance, float threshold);
   void observe(bool on);
   std::vector<int64_t> histogram(int mask) const;  // [kScoreBins]
+  // share: 0 to 1, of CacheAware, for tokens that are computed alone, where not all banks are in memory.
+  void set_cache_aware(float share);
 
   // Runs n tokens at positions [position, position + n); logits f32 [n or 1, vocabulary], or null for none.
   // Indices are the caller's to check (bind/executor.cpp does).
@@ -252,8 +254,9 @@ class Executor {
   template <typename Products, typename Finish>
   void multiply_picked(const ExpertsOp&, const Call&, const ExpertPlan&, int n_each, const Products&, const Finish&, Walk&);
   ActivationsView activations(int k, int n_rows, bool tables) const;  // of the op that runs
+  // present: of the channels, bits; null: the mask's own threshold is that of all.
   void quantize_rows(int input, const std::vector<int32_t>& columns, int mask, int k, Range rows, const Slice&,
-                     bool tables, int thread);
+                     bool tables, int thread, const uint64_t* present = nullptr);
   bool looks_up(const MatrixView& w, int n_rows) const { return n_rows <= lookup_rows_[w.bits]; }
   void multiply(const Product&, int n_rows, int thread);
   template <typename Products>
@@ -271,6 +274,7 @@ class Executor {
   LookupRows lookup_rows_{};
   std::vector<RopeTable> rope_tables_;
   std::vector<ChannelMask> masks_;
+  CacheAware cache_aware_;
   bool observing_ = false;
   std::vector<Pages> histograms_;  // [mask * n_threads + thread], of kScoreBins
   std::vector<Op> ops_;

@@ -1,6 +1,7 @@
 // What ops do row by row: norms, rotary embedding, gates, residuals, quantization of activations. Between two ops that
 // need all rows, a chunk of rows goes through all of it in one step; a row alone is cut by channels.
 #include <algorithm>
+#include <bit>
 
 #include "executor.h"
 
@@ -133,7 +134,9 @@ void Executor::run_rows(const AddOp& op, const Call&, const Slice& slice, int) {
 void Executor::run_rows(const LinearOp& op, const Call& call, const Slice& slice, int thread) {
   bool tables = false;
   for (int m : op.matrices) tables |= op.use < 0 && looks_up(matrices_[m], call.n);
-  quantize_rows(op.input, op.columns, op.mask, input_width(op), {0, call.n}, slice, tables, thread);
+  const bool aware = op.use >= 0 && call.n == 1 && cache_aware_.share > 0;
+  quantize_rows(op.input, op.columns, op.mask, input_width(op), {0, call.n}, slice, tables, thread,
+                aware ? banks_->present(op.use).data() : nullptr);
   if (op.use >= 0 && call.n == 1) find_active(input_width(op), slice);
 }
 
@@ -145,7 +148,7 @@ void Executor::run_rows(const HeadOp& op, const Call& call, const Slice& slice, 
 }
 
 void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int mask, int k, Range rows,
-                             const Slice& slice, bool tables, int thread) {
+                             const Slice& slice, bool tables, int thread, const uint64_t* present) {
   const Range channels = slice.channels(k);
   if (channels.begin >= channels.end) return;
   const ActivationsView all = activations(k, rows.end - rows.begin, tables);
@@ -157,6 +160,13 @@ void Executor::quantize_rows(int input, const std::vector<int32_t>& columns, int
       for (int i = channels.begin; i < channels.end; ++i) {
         const int channel = columns.empty() ? i : columns[i];
         gathered[i] = masked ? masked->masked(channel, x[channel]) : x[channel];
+      }
+      if (masked && present) {
+        int n_present = 0;
+        for (int word = 0; word * 64 < k; ++word) n_present += std::popcount(present[word]);
+        const float least[] = {cache_aware_.absent(masked->threshold), cache_aware_.present(masked->threshold, n_present, k)};
+        for (int i = channels.begin; i < channels.end; ++i)
+          gathered[i] = masked->masked(i, x[i], least[present[i / 64] >> (i % 64) & 1]);
       }
       if (masked && observing_) {
         int64_t* const bins = histograms_[mask * n_threads() + thread].as<int64_t>();

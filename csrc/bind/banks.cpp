@@ -134,7 +134,17 @@ void bind_banks(nb::module_& m) {
              std::copy(words.begin(), words.end(), copy.get());
              return owned_array(std::move(copy), {words.size()});
            },
-           "The rows that a use wanted last: bit r % 64 of word r / 64; between forwards.");
+           "The rows that a use wanted last: bit r % 64 of word r / 64; between forwards.")
+      .def("present",
+           [](const BankCache& c, int use) {
+             if (use < 0 || use >= c.n_uses()) throw std::invalid_argument("banks: a use of none");
+             const std::vector<uint64_t>& words = c.present(use);
+             auto copy = std::make_unique_for_overwrite<uint64_t[]>(words.size());
+             std::copy(words.begin(), words.end(), copy.get());
+             return owned_array(std::move(copy), {words.size()});
+           },
+           "The rows that a use found in memory last, use 0 those that it will find; the same bits, none unless the choice of "
+           "channels is cache-aware; between forwards.");
   m.def("open_banks", &open_banks, nb::rv_policy::take_ownership, nb::arg("paths"), nb::arg("banks"), nb::arg("uses"), nb::arg("slots"), nb::arg("staging"),
         nb::arg("reader"), nb::arg("depth"), nb::arg("request_bytes"), nb::arg("gap_bytes"), nb::arg("direct"), nb::arg("predictor"),
         nb::arg("sums").none() = nb::none(), nb::arg("first_page") = std::vector<int64_t>{},

@@ -108,6 +108,11 @@ class BoundExecutor {
     want(threshold >= 0, "set_mask: threshold");
     executor_->set_mask(mask, std::move(importance), threshold);
   }
+  void set_cache_aware(float share) {
+    want(finished_, "set_cache_aware: not finished");
+    want(share >= 0 && share <= 1, "set_cache_aware: share");
+    executor_->set_cache_aware(share);
+  }
   void observe(bool on) {
     want(finished_, "observe: not finished");
     executor_->observe(on);
@@ -359,6 +364,7 @@ void bind_executor(nb::module_& m) {
            nb::arg("zero"), nb::arg("affine"))
       .def("add_mask", &BoundExecutor::add_mask, nb::arg("width"))
       .def("set_mask", &BoundExecutor::set_mask, nb::arg("mask"), nb::arg("importance"), nb::arg("threshold"))
+      .def("set_cache_aware", &BoundExecutor::set_cache_aware, nb::arg("share"))
       .def("observe", &BoundExecutor::observe, nb::arg("on"))
       .def("histogram", &BoundExecutor::histogram, nb::arg("mask"))
       .def("rope", &BoundExecutor::rope, nb::arg("register"), nb::arg("head_width"), nb::arg("table"))

@@ -13,7 +13,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Protocol, Self, TypedDict, TypeGuard, Unpack
 
 from elute.errors import NOTE, DeviceError, FormatError, ShapeError, UnsupportedError
-from elute.flash.sparsity import check_sparsity, thresholds
+from elute.flash.sparsity import check_cache_aware, check_sparsity, thresholds
 from elute.flash.weights import FlashWeights
 from elute.formats.chat_prompt import chat_tokens
 from elute.runtime.engine import Chunk, Completion, Engine, TextStream, join
@@ -323,6 +323,7 @@ def load(
     cache_dir: str | Path | None = None,
     memory: str | int | None = None,
     sparsity: float = 0.0,
+    cache_aware: float = 0.0,
     checked: bool = False,
     score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -349,12 +350,17 @@ def load(
     sparsity  the share of the weights to leave out, 0 to 0.9: for each token, of the prompt too,
               those that matter least to it. Answers change and get worse. The first use calibrates
               the model, which is kept with it
+    cache_aware  with memory and sparsity, of a model in channel order: 0 to 1, how much sooner
+              weights count that are in memory already, and how much later those that would have to
+              be read (flash.sparsity.Threshold.least). What is answered then depends on memory
+              and on what was answered before; at 0 it does not
     checked   weights are compared with their checksums, at the start or, with memory, whenever
               they are read: damage is then a DeviceError and never a token
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
     for `checked` where the packed folder has no checksums,
+    cache_aware where nothing is fetched by channel,
     BudgetError for a full disk or too little memory, DeviceError for an unknown isa or kernel, or
     weights that cannot be read.
     """
@@ -366,9 +372,15 @@ def load(
     from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
     from elute.runtime.limited import limited_weights
-    from elute.runtime.store import has_experts, open_packed
+    from elute.runtime.store import can_reorder, has_experts, open_packed
 
     check_sparsity(sparsity)
+    check_cache_aware(cache_aware)
+    if cache_aware and (memory is None or not sparsity):
+        raise UnsupportedError(
+            f"cache_aware: found {cache_aware} without both memory and sparsity, wanted them: it "
+            "chooses among weights that are left out or read; give both, or leave it out"
+        )
     folder = None if cache_dir is None else Path(cache_dir)
     packed = open_packed(
         str(model),
@@ -387,6 +399,12 @@ def load(
     # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
     _native.return_freed_memory()
     ops = op_list(packed.config)
+    if cache_aware and not packed.banks:
+        way = "elute convert --order channels makes a folder of it, or " * can_reorder(packed)
+        raise UnsupportedError(
+            f"{packed.path}: found weights in panel order, wanted channel order for cache_aware; "
+            f"{way}leave cache_aware out"
+        )
     if context is not None and context > ops.context:
         log.warning(
             "%s: context %d is beyond the %d tokens that the model was trained for; answers get "
@@ -442,7 +460,13 @@ def load(
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "sparsity: not kept, since a context of %d is short", executor.context)
     if scores is not None:
-        executor.sparsify(thresholds(scores, sparsity))
+        executor.sparsify(thresholds(scores, sparsity), cache_aware=cache_aware)
+    if cache_aware and isinstance(weights, FlashWeights):
+        if weights.plan.staging:
+            told = "what is answered depends on which weights are in memory, so also on --memory"
+        else:
+            told = "all weights are in memory, so it changes nothing"
+        log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     return Model(
         executor,
         tokenizer,

@@ -5,6 +5,7 @@ token."""
 import json
 import os
 import shutil
+import tracemalloc
 from dataclasses import replace
 
 import numpy as np
@@ -22,7 +23,8 @@ from elute.formats.packed import PackedModel
 from elute.model.families import op_list
 from elute.model.ops import Linear
 from elute.pack.quads import unpack_codes
-from elute.pack.reorder import bank_codes, reorder
+from elute.pack.reorder import bank_codes, dequantized, reorder
+from elute.runtime import calibration
 from elute.runtime.executor import CHUNK, Executor
 
 CONFIG = {
@@ -289,3 +291,30 @@ def test_a_manifest_that_contradicts_itself_is_refused(copied, change, match):
     path.write_text(json.dumps(manifest))
     with pytest.raises(EluteError, match=match):
         PackedModel.open(copied.path)
+
+
+def test_norms_of_weights_are_the_same_in_blocks_and_take_little_memory(
+    panels, folders, monkeypatch
+):
+    ops = op_list(panels.config)
+    wanted = {
+        op.weights[0]: np.sqrt(
+            sum(
+                np.square(dequantized(panels, name).astype(np.float64)).sum(axis=0)
+                for name in op.weights
+            )
+        ).astype(np.float32)
+        for op in ops.ops
+        if isinstance(op, Linear)
+    }
+    for weights in (1, 100 * 640, 1 << 30):
+        monkeypatch.setattr(calibration, "_BLOCK_WEIGHTS", weights)
+        found = calibration.importances(folders[2], ops, weighted=True)
+        assert all(np.array_equal(found[name], wanted[name]) for name in wanted)
+    largest = max(np.prod(record.shape) for record in panels.records.values())
+    monkeypatch.setattr(calibration, "_BLOCK_WEIGHTS", 1)
+    tracemalloc.start()
+    calibration.importances(folders[2], ops, weighted=True)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 32 * 64 * 640 + (1 << 20) < 32 * largest

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 
+import elute
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
-from elute.errors import DeviceError
+from elute.errors import NOTE, DeviceError, UnsupportedError
 from elute.flash.banks import Predictor, expert_rows, expert_sizes
 from elute.flash.plan import solve_banks
 from elute.flash.weights import FlashWeights
@@ -127,3 +128,10 @@ def test_sparsity_says_that_it_is_not_of_experts(packed, tmp_path, caplog):
     with elute.load(packed.path, sparsity=0.3, cache_dir=tmp_path) as model:
         assert model.sparsity == 0.3
     assert "all weights of a picked expert count" in caplog.text
+
+
+def test_no_order_is_advised_that_experts_cannot_have(packed, caplog):
+    caplog.set_level(NOTE, "elute")
+    with pytest.raises(UnsupportedError, match="for cache_aware; leave cache_aware out"):
+        elute.load(packed.path, cache_aware=0.5, memory="1G", sparsity=0.5)
+    assert "order channels" not in caplog.text

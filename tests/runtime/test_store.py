@@ -1,11 +1,21 @@
 import json
 
+import numpy as np
 import pytest
+from safetensors.numpy import load_file, save_file
+from test_gptq import MODULE, gptq_tensors, settings_of
 from tiny_folder import save_tiny_folder
 
-from elute.errors import EluteError, FormatError, ShapeError, UnsupportedError
+from elute.errors import NOTE, EluteError, FormatError, ShapeError, UnsupportedError
 from elute.quantize.recipe import Recipe
-from elute.runtime.store import choose_recipe, is_packed, open_packed
+from elute.runtime.store import (
+    by_channel_folder,
+    choose_recipe,
+    disk_bytes,
+    foresee_packed,
+    is_packed,
+    open_packed,
+)
 
 
 @pytest.fixture(scope="module")
@@ -89,3 +99,45 @@ def test_a_cache_that_cannot_be_written_is_one_sentence(folder, tmp_path):
 def test_a_path_that_leads_nowhere_is_refused(tmp_path):
     with pytest.raises(FormatError, match="no such file"):
         open_packed("./nothing-here", cache_dir=tmp_path)
+
+
+def test_act_order_in_experts_is_refused_before_any_work(tmp_path):
+    """And where the recipe quantizes again, there is no order left that could be refused."""
+    source, cache = save_tiny_folder(tmp_path / "model", family="olmoe"), tmp_path / "cache"
+    tensors = load_file(source / "model.safetensors")
+    rng = np.random.default_rng(0)
+    for name in [name for name in tensors if ".experts." in name]:
+        n, k = tensors.pop(name).shape
+        made, _, _ = gptq_tensors(rng, n, k, 4, 32, g_idx="act_order")
+        for key, value in made.items():
+            if key.startswith(MODULE):
+                tensors[name.removesuffix(".weight") + key.removeprefix(MODULE)] = value
+    save_file(
+        {k: np.ascontiguousarray(v) for k, v in tensors.items()}, source / "model.safetensors"
+    )
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"] = settings_of(4, 32, desc_act=True)
+    (source / "config.json").write_text(json.dumps(config))
+    refused = (
+        r"model: model\.layers\.0\.mlp\.experts\.0\.gate_proj\.weight has its columns in an order "
+        r"of their own \(act-order\), wanted them in order in experts .*--bits, which quantizes it"
+    )
+    for attempt in (open_packed, foresee_packed):
+        with pytest.raises(UnsupportedError, match=refused):
+            attempt(str(source), cache_dir=cache)
+        assert not cache.exists()
+    assert open_packed(str(source), bits=4, cache_dir=cache).path.is_dir()
+
+
+def test_both_orders_on_disk_are_told_of(folder, tmp_path, caplog):
+    caplog.set_level(NOTE, "elute")
+    packed = open_packed(str(folder), cache_dir=tmp_path)
+    assert by_channel_folder(packed) is None
+    made = open_packed(str(folder), cache_dir=tmp_path, by_channel=True)
+    (line,) = [r.message for r in caplog.records if "MB of disk" in r.message]
+    assert f"rm -r {made.path} removes the latter" in line
+    assert by_channel_folder(packed) == made.path
+    assert disk_bytes(made.path) >= made.nbytes > 0
+    caplog.clear()
+    open_packed(str(folder), cache_dir=tmp_path, by_channel=True)
+    assert not caplog.records

@@ -9,15 +9,17 @@ import numpy as np
 from safetensors.numpy import save_file
 from tiny import CHAT_TEMPLATE, SPECIAL_TOKENS, tiny_keys, tiny_tokenizer_json
 
-from elute.model.families import op_list
+from elute.model.families import FAMILIES, op_list
 from elute.model.weights import weight_shapes
 
 
-def save_tiny_folder(folder: Path, *, seed: int = 0, template: bool = True) -> Path:
+def save_tiny_folder(
+    folder: Path, *, seed: int = 0, template: bool = True, family: str = "llama"
+) -> Path:
     """-> folder. The weights are random, large enough that the answer depends on the prompt."""
     config = {
-        **tiny_keys("llama"),
-        "architectures": ["LlamaForCausalLM"],
+        **tiny_keys(family),
+        "architectures": [FAMILIES[family].architectures[0]],
         "hidden_act": "silu",
         "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0,

@@ -25,6 +25,7 @@ HELP = "/reset starts over, /exit or Ctrl-D leaves, Ctrl-C ends an answer"
 @options.sampling_options
 @options.load_options
 @options.memory
+@options.cache_aware
 @options.checked
 @options.quiet
 def command(model: str, **given: Any) -> int:

@@ -48,6 +48,7 @@ def describe(packed: PackedModel, cache_type: str) -> dict[str, Any]:
     from elute.formats.tokenizer import Tokenizer
     from elute.kernels import kv_cache
     from elute.model.families import op_list
+    from elute.runtime.store import by_channel_folder, disk_bytes
 
     ops = op_list(packed.config)
     kind = kv_cache.cache_type(cache_type, head_width=ops.head_width)
@@ -63,8 +64,13 @@ def describe(packed: PackedModel, cache_type: str) -> dict[str, Any]:
             totals[0] += 1
             totals[1] += record.shape[0] * record.shape[1]
             totals[2] += sum(part.n_bytes for part in record.parts())
+    by_channel = by_channel_folder(packed)
     return {
         "path": str(packed.path),
+        "disk_bytes": disk_bytes(packed.path),
+        "by_channel": None
+        if by_channel is None
+        else {"path": str(by_channel), "disk_bytes": disk_bytes(by_channel)},
         "source": packed.source,
         "model_type": packed.config.get("model_type"),
         "weights": sum(totals[1] for totals in kinds.values()),
@@ -97,6 +103,7 @@ def _page(told: dict[str, Any]) -> str:
 
     lines = [
         ("path", told["path"]),
+        *(_by_channel(told["by_channel"]) if told["by_channel"] else ()),
         ("made from", told["source"]),
         ("model", f"{told['model_type']}, {told['layers']} layers"),
         ("weights", f"{told['weights'] / 1e6:.1f} million, {told['bytes'] / MIB:.0f} MiB"),
@@ -121,3 +128,13 @@ def _page(told: dict[str, Any]) -> str:
     if told.get("verified"):
         lines.append(("files", "all as the manifest says"))
     return "\n".join(f"{name:<12}{value}" for name, value in lines)
+
+
+def _by_channel(found: dict[str, Any]) -> tuple[tuple[str, str], ...]:
+    return (
+        (
+            "by channel",
+            f"{found['path']}, {found['disk_bytes'] / 1e6:.0f} MB more of disk for --memory with "
+            "--sparsity; rm -r removes it, and it is made again when it is wanted",
+        ),
+    )

@@ -132,6 +132,15 @@ memory = click.option(
     "for every token, with the same answers.  [default: no limit]",
 )
 
+cache_aware = click.option(
+    "--cache-aware",
+    type=click.FloatRange(0, 1),
+    default=0.0,
+    metavar="MARGIN",
+    help="With --memory and --sparsity, prefer weights that are in memory, 0 to 1: fewer are read, "
+    "and the answer depends on the budget and on what was answered before.  [default: 0]",
+)
+
 checked = click.option(
     "--checked",
     is_flag=True,
@@ -194,6 +203,7 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         cache_type=options["cache_type"] or "f16",
         memory=options.get("memory"),
         sparsity=options["sparsity"],
+        cache_aware=options.get("cache_aware", 0.0),
         checked=options.get("checked", False),
         score_bytes=options.get("score_bytes"),
         progress=screen,

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 @options.sampling_options
 @options.load_options
 @options.memory
+@options.cache_aware
 @options.checked
 @options.as_json
 @options.quiet

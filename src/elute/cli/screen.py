@@ -124,20 +124,24 @@ def figures_line(figures: Figures, *, bits_per_weight: float) -> str:
 def flash_line(weights: FlashWeights) -> str:
     """What reading weights from flash cost."""
     read, waited_s = weights.figures()
+    found = weights.found_in_memory()
     return (
         f"flash {weights.plan.missed / 1e6:.0f} MB a token · {read / 1e6:.0f} MB read by "
         f"{weights.reader} · waited {waited_s:.2f} s for them"
+        + ("" if found is None else f" · {100 * found:.0f} % of what was wanted was there")
     )
 
 
 def flash_json(weights: FlashWeights) -> dict[str, Any]:
     """The same under the keys of --json."""
     read, waited_s = weights.figures()
+    found = weights.found_in_memory()
     return {
         "reader": weights.reader,
         "missed_bytes": weights.plan.missed,
         "read_bytes": read,
         "waited_s": round(waited_s, 4),
+        "found_in_memory": None if found is None else round(found, 4),
     }
 
 

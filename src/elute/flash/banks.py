@@ -252,7 +252,18 @@ def cached_banks(
 
 def active_rows(cache: _native.BankCache, use: int, n_rows: int) -> npt.NDArray[np.bool_]:
     """Which rows a use wanted last: bool [n_rows]."""
-    bits = np.unpackbits(cache.last(use).view(np.uint8), bitorder="little")
+    return _rows(cache.last(use), n_rows)
+
+
+def present_rows(cache: _native.BankCache, use: int, n_rows: int) -> npt.NDArray[np.bool_]:
+    """Which rows a use found in memory or on their way; use 0: which it will find. bool [n_rows].
+    For executors whose choice of channels is cache-aware.
+    """
+    return _rows(cache.present(use), n_rows)
+
+
+def _rows(words: npt.NDArray[np.uint64], n_rows: int) -> npt.NDArray[np.bool_]:
+    bits = np.unpackbits(words.view(np.uint8), bitorder="little")
     return bits[:n_rows].astype(bool)
 
 

@@ -38,6 +38,38 @@ class Threshold:
     importance: F32
     value: float
 
+    def active(
+        self, x: F32, present: npt.NDArray[np.bool_] | None = None, *, cache_aware: float = 0.0
+    ) -> npt.NDArray[np.bool_]:
+        """Which channels of a token's input x f32 [K] count: bool [K].
+
+        present      bool [K]: channels whose weights are in memory, or on their way
+        cache_aware  0 to 1, see `least`
+
+        What the executor does, bit for bit (csrc/channel_mask.h).
+        """
+        score = np.abs(x) * self.importance
+        if present is None:
+            return ~(score < np.float32(self.value))
+        return ~(score < self.least(present, cache_aware))
+
+    def least(self, present: npt.NDArray[np.bool_], cache_aware: float) -> F32:
+        """The least score of each channel that counts, f32 [K], with cache_aware = M: value *
+        (1 + M) of one that would have to be read, value * (1 - M / 2) of one that is in memory.
+
+        Where more than half are in memory, M / 2 is multiplied by the others' number over theirs:
+        so for any share in memory at most half as many channels come to count as cease to, were
+        scores near the threshold spread evenly; and where all are in memory nothing changes.
+        """
+        n, n_present = present.size, int(present.sum())
+        margin, value = np.float32(cache_aware), np.float32(self.value)
+        rest = np.float32(1)
+        if 2 * n_present > n:
+            rest = np.float32(n - n_present) / np.float32(n_present)
+        sooner = np.float32(1 - float(margin) / 2 * float(rest))
+        later = np.float32(1) + margin
+        return np.where(present, value * sooner, value * later).astype(np.float32)
+
 
 @dataclass(frozen=True, eq=False)
 class Scores:
@@ -144,6 +176,14 @@ def check_sparsity(sparsity: float) -> None:
     if not 0 <= sparsity <= MAX_SPARSITY:
         raise ShapeError(
             f"sparsity: found {sparsity}, wanted 0 (every weight counts) to {MAX_SPARSITY}"
+        )
+
+
+def check_cache_aware(cache_aware: float) -> None:
+    if not 0 <= cache_aware <= 1:
+        raise ShapeError(
+            f"cache_aware: found {cache_aware}, wanted 0 (the answer does not depend on what is in "
+            "memory) to 1"
         )
 
 

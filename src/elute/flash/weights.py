@@ -225,6 +225,15 @@ class FlashWeights:
             return found["read_bytes"], found["waited_s"]
         return self._stream.figures() if self._stream is not None else (0, 0.0)
 
+    def found_in_memory(self) -> float | None:
+        """The share of the blocks wanted from banks that were there when they were; None where
+        none are fetched.
+        """
+        if self._banks is None or not self.plan.staging:
+            return None
+        told = self._banks.figures()
+        return float(told["cached"] / max(told["blocks"], 1))
+
     def events(self) -> npt.NDArray[np.int64]:
         """What the stream did of late, i64 [n, 4]: see WeightStream.events in _native.pyi."""
         nothing = np.zeros((0, 4), np.int64)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from elute.errors import FormatError, ShapeError
+from elute.errors import FormatError, ShapeError, UnsupportedError
 from elute.model.ops import Embed, Experts, Head, Linear, OpList, RmsNorm, Router
 
 
@@ -54,6 +54,25 @@ def check_weights(
                 f"download the missing files or correct config.json"
             )
         check_shape(name, found, wanted, where=where)
+
+
+def check_columns(ops: OpList, ordered: Callable[[str], bool], *, where: str) -> None:
+    """Raises UnsupportedError for weights in an order of their own (act-order) that no executor
+    takes: those of experts and embeddings. ordered: whether a matrix has one.
+    """
+    names = [
+        name
+        for op in ops.ops
+        if isinstance(op, Embed | Experts)
+        for name in (op.matrices() if isinstance(op, Experts) else (op.weight,))
+    ]
+    for name in dict.fromkeys(names):
+        if ordered(name):
+            raise UnsupportedError(
+                f"{where}: {name} has its columns in an order of their own (act-order), wanted "
+                "them in order in experts and embeddings; use a checkpoint without act-order, or "
+                "--bits, which quantizes it again"
+            )
 
 
 def check_shape(name: str, found: tuple[int, ...], wanted: tuple[int, ...], *, where: str) -> None:

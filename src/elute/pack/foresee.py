@@ -73,6 +73,12 @@ def foresee(
     return Foreseen(checkpoint.source, checkpoint.config, records, orders)
 
 
+def column_order(checkpoint: Checkpoint, name: str, recipe: Recipe) -> bytes | None:
+    """Foreseen.column_order of one matrix."""
+    n, k = checkpoint.shape(name)
+    return _matrix(checkpoint, name, (n, k), recipe, headers_only=False)[1]
+
+
 def _matrix(
     checkpoint: Checkpoint,
     name: str,

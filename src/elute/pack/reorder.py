@@ -13,7 +13,7 @@ from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.formats.packed_writer import PackedWriter
 from elute.pack import channels, quads
-from elute.types import F32, U8, InBank, QuantizedMatrix
+from elute.types import F16, F32, U8, InBank, QuantizedMatrix
 
 
 def reorder(
@@ -99,26 +99,45 @@ def dequantized(packed: PackedModel, name: str) -> F32:
     matrix = packed.in_bank(name)
     if matrix is None:
         return quads.unpack(packed.matrix(name)).dequantize()
-    n = matrix.shape[0]
+    return dequantized_channels(packed, name, 0, matrix.shape[1])
+
+
+def dequantized_channels(packed: PackedModel, name: str, begin: int, end: int) -> F32:
+    """w[:, begin:end] f32 [N, end - begin] of a matrix that lies in a bank, in as much memory as
+    that takes, whatever the matrix.
+    """
+    matrix = packed.in_bank(name)
+    assert matrix is not None
+    groups = np.arange(begin, end) // matrix.group_size
+    first, last = int(groups[0]), int(groups[-1]) + 1
+
+    def of_channels(packed_groups: F16) -> F16:
+        of_groups = quads.unpack_groups(packed_groups[:, first:last], matrix.shape[0])
+        by_channel: F16 = of_groups[groups - first]
+        return by_channel
+
     return QuantizedMatrix(
-        codes=bank_codes(packed, name),
-        scales=quads.unpack_groups(matrix.scales, n),
-        offsets=None if matrix.offsets is None else quads.unpack_groups(matrix.offsets, n),
+        codes=bank_codes(packed, name, begin, end),
+        scales=of_channels(matrix.scales),
+        offsets=None if matrix.offsets is None else of_channels(matrix.offsets),
         affine=matrix.affine,
         zero=matrix.zero,
         bits=matrix.bits,
-        group_size=matrix.group_size,
+        group_size=1,
         columns=None,
     ).dequantize()
 
 
-def bank_codes(packed: PackedModel, name: str) -> U8:
-    """codes u8 [N, K] of a matrix that lies in a bank."""
+def bank_codes(packed: PackedModel, name: str, begin: int = 0, end: int | None = None) -> U8:
+    """codes u8 [N, end - begin] of channels of a matrix that lies in a bank; of all K of them."""
     matrix = packed.in_bank(name)
     assert matrix is not None
     bank = packed.banks[matrix.bank]
-    blocks = packed.bank(matrix.bank)[:, : bank.rows_per_block * bank.row_bytes]
-    rows = blocks.reshape(-1, bank.row_bytes)[: bank.n_rows]
+    end = bank.n_rows if end is None else end
+    block = begin // bank.rows_per_block
+    blocks = packed.bank(matrix.bank)[block : -(-end // bank.rows_per_block)]
+    rows = blocks[:, : bank.rows_per_block * bank.row_bytes].reshape(-1, bank.row_bytes)
+    before = block * bank.rows_per_block
     size = channels.row_bytes(matrix.shape[0], matrix.bits)
-    mine = np.ascontiguousarray(rows[:, matrix.offset : matrix.offset + size])
-    return channels.unpack_codes(mine, matrix.shape[0], matrix.bits)
+    mine = rows[begin - before : end - before, matrix.offset : matrix.offset + size]
+    return channels.unpack_codes(np.ascontiguousarray(mine), matrix.shape[0], matrix.bits)

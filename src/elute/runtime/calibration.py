@@ -26,7 +26,7 @@ from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import BINS, Scores, Threshold, kind, with_sensitivities
 from elute.formats.packed_layout import CONFIG, MANIFEST, MatrixRecord
 from elute.model.ops import Linear, OpList
-from elute.pack.reorder import dequantized
+from elute.pack.reorder import dequantized_channels
 from elute.types import F32, I32, I64
 
 if TYPE_CHECKING:
@@ -47,6 +47,8 @@ _PROBE = 0.6
 _PROBE_TOKENS = 256
 _SCORED = 64  # predictions at their end that are compared
 _PROBES_OF_A_KIND = 12
+# Dequantized at a time; each takes some 24 bytes for a moment.
+_BLOCK_WEIGHTS = 1 << 18
 
 
 @runtime_checkable
@@ -140,9 +142,16 @@ def importances(
 
 
 def _column_squares(packed: PackedModel, name: str) -> npt.NDArray[np.float64]:
-    if packed.in_bank(name) is not None:
-        weights = dequantized(packed, name).astype(np.float64)
-        found: npt.NDArray[np.float64] = np.square(weights).sum(axis=0)
+    in_bank = packed.in_bank(name)
+    if in_bank is not None:
+        n, k = in_bank.shape
+        # Of several channels, so that numpy adds up each column in order, whatever the block.
+        step = max(64, _BLOCK_WEIGHTS // n // 64 * 64)
+        found = np.empty(k)
+        for begin in range(0, k, step):
+            end = min(k, begin + step)
+            weights = dequantized_channels(packed, name, begin, end).astype(np.float64)
+            found[begin:end] = np.square(weights, out=weights).sum(axis=0)
         return found
     matrix = packed.matrix(name)
     stored = _native.column_squares(

@@ -12,7 +12,7 @@ import numpy as np
 from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
 from elute.flash.banks import BankUse, bank_uses, resident_banks
-from elute.flash.sparsity import Threshold
+from elute.flash.sparsity import Threshold, check_cache_aware
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
 from elute.kernels import kv_cache, registry
@@ -162,11 +162,15 @@ class Executor:
         """Names of the inputs that `sparsify` takes: the first weight that reads each of them."""
         return tuple(self._masks)
 
-    def sparsify(self, thresholds: Mapping[str, Threshold]) -> None:
+    def sparsify(self, thresholds: Mapping[str, Threshold], *, cache_aware: float = 0.0) -> None:
         """From the next forward on, channels of these inputs count only from their threshold on.
+
+        cache_aware  see Threshold.active: for tokens that are computed alone, of weights that are
+                     fetched by channel; a forward of several reads all channels anyway
 
         Inputs that are left out count whole. Forgets what is cached: it was computed otherwise.
         """
+        check_cache_aware(cache_aware)
         for name, threshold in thresholds.items():
             if name not in self._masks:
                 raise ShapeError(f"sparsity: found input {name!r}, wanted one of Executor.inputs")
@@ -179,6 +183,7 @@ class Executor:
                 found = thresholds.get(name)
                 importance = [] if found is None else found.importance.tolist()
                 self._native.set_mask(mask, importance, 0.0 if found is None else found.value)
+            self._native.set_cache_aware(cache_aware)
             self._cached = 0
 
     @contextmanager

@@ -19,6 +19,7 @@ from elute.kernels.registry import Choice
 from elute.model.ops import OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
+from elute.runtime.store import can_reorder
 from elute.runtime.threads import default_threads
 
 log = logging.getLogger(__name__)
@@ -59,7 +60,7 @@ def limited_weights(
         sparsity=sparsity,
     )
     plan = found.plan
-    if plan.places and sparsity:
+    if plan.places and sparsity and can_reorder(packed):
         log.log(
             NOTE,
             "%s: is in panel order, so weights that do not count are read all the same; elute "

@@ -79,7 +79,30 @@ def open_packed(
     if is_packed(target):
         return PackedModel.open(target)
     log.log(NOTE, "%s: its weights are written anew by channel, once, into %s", model, target)
-    return reorder(str(path), target, cache_dir=cache_dir, progress=progress)
+    made = reorder(str(path), target, cache_dir=cache_dir, progress=progress)
+    log.log(
+        NOTE,
+        "%s: takes %.0f MB of disk in panels and %.0f MB by channel; rm -r %s removes the "
+        "latter, which is made again when it is wanted",
+        model,
+        disk_bytes(path) / 1e6,
+        disk_bytes(target) / 1e6,
+        target,
+    )
+    return made
+
+
+def by_channel_folder(packed: PackedModel) -> Path | None:
+    """The same model by channel, where it was made beside a model of the cache."""
+    from elute.runtime.calibration import BY_CHANNEL
+
+    path = packed.path.with_name(packed.path.name + BY_CHANNEL)
+    return path if is_packed(path) else None
+
+
+def disk_bytes(folder: Path) -> int:
+    """Of the files of a packed folder."""
+    return sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
 
 
 def packed_folder(
@@ -183,11 +206,18 @@ def pack_checkpoint(
     """Converts the tensors that the op list uses.
 
     Refuses at once, not after minutes of work, an unknown architecture, tensors that do not fit
-    config.json, and a tokenizer that cannot be loaded.
+    config.json, a tokenizer that cannot be loaded, and experts that no executor would take.
     """
+    from elute.model.weights import check_columns
     from elute.pack.convert import convert
+    from elute.pack.foresee import column_order
 
     checkpoint, ops = checked_checkpoint(source)
+    check_columns(
+        ops,
+        lambda name: column_order(checkpoint, name, recipe) is not None,
+        where=checkpoint.source,
+    )
 
     def told(done: int, total: int, _tensor: str) -> None:
         if progress is not None:
@@ -237,6 +267,7 @@ def foresee_packed(
     """
     from elute.formats import sources
     from elute.formats.packed import PackedModel
+    from elute.model.weights import check_columns
     from elute.pack.foresee import foresee
 
     chosen = choose_recipe(bits, recipe)
@@ -250,13 +281,16 @@ def foresee_packed(
         return PackedModel.open(target)
     checkpoint, ops = checked_checkpoint(source.path)
     names = (*ops.matrices(), *ops.vectors())
-    return foresee(checkpoint, chosen, tensors=names, floats=ops.vectors())
+    found = foresee(checkpoint, chosen, tensors=names, floats=ops.vectors())
+    check_columns(ops, found.orders.__contains__, where=checkpoint.source)
+    return found
 
 
 def _foresee_remote(model: Unfetched, recipe: Recipe, endpoint: str | None) -> Foreseen:
     import tempfile
 
     from elute.formats.remote_headers import RemoteRepository, fetch_headers, renamed
+    from elute.model.weights import check_columns
     from elute.pack.foresee import foresee
 
     repository = RemoteRepository(model.repo, model.id, model.revision, endpoint)
@@ -270,6 +304,7 @@ def _foresee_remote(model: Unfetched, recipe: Recipe, endpoint: str | None) -> F
             found = foresee(
                 checkpoint, recipe, tensors=names, floats=ops.vectors(), headers_only=True
             )
+            check_columns(ops, found.orders.__contains__, where=checkpoint.source)
         except EluteError as error:
             raise renamed(error, Path(folder), repository, model.file) from None
     return replace(found, source=model.id)
