@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -31,6 +31,19 @@ class Executor(Protocol):
         `position` on."""
 
 
+@runtime_checkable
+class PromptExecutor(Protocol):
+    """An Executor that computes prompts otherwise than what it generates: npu.prompts.
+
+    prompt_tokens  of a prompt that it should get at a time
+    """
+
+    @property
+    def prompt_tokens(self) -> int: ...
+
+    def prompt(self, tokens: I32, position: int, *, all_logits: bool = False) -> F32: ...
+
+
 class Session:
     """Token history over an executor. One generation at a time: a second one ends the first."""
 
@@ -39,6 +52,10 @@ class Session:
         self._history: list[int] = []  # what the KV cache holds, position by position
         self._ticket = 0  # of the newest generation
         self._next = np.zeros(1, np.int32)  # a lone token: making an array costs 25 us each time
+        self._prompt = executor.forward
+        self._prompt_tokens = PROMPT_CHUNK
+        if isinstance(executor, PromptExecutor):
+            self._prompt, self._prompt_tokens = executor.prompt, executor.prompt_tokens
         self._lock = threading.Lock()  # a forward from two threads would corrupt the cache
 
     @property
@@ -110,10 +127,12 @@ class Session:
             on_prompt(position, len(prompt))
         made = 0
         while True:
-            for start in range(0, len(pending), PROMPT_CHUNK):
+            size = self._prompt_tokens
+            for start in range(0, len(pending), size):
                 if cancelled is not None and cancelled():
                     return
-                logits = self._extend(pending[start : start + PROMPT_CHUNK], ticket)
+                part = pending[start : start + size]
+                logits = self._extend(part, ticket, prompt=made == 0)
                 if on_prompt is not None and made == 0:
                     on_prompt(len(self._history), len(prompt))
             if made == max_tokens or (cancelled is not None and cancelled()):
@@ -138,7 +157,9 @@ class Session:
             del self._history[position:]
             return self._ticket, position
 
-    def _extend(self, tokens: list[int], ticket: int, *, all_logits: bool = False) -> F32:
+    def _extend(
+        self, tokens: list[int], ticket: int, *, prompt: bool, all_logits: bool = False
+    ) -> F32:
         with self._lock:
             if ticket != self._ticket:
                 raise UnsupportedError(
@@ -150,7 +171,8 @@ class Session:
                 ids[0] = tokens[0]
             else:
                 ids = np.asarray(tokens, np.int32)
-            logits = self.executor.forward(ids, len(self._history), all_logits=all_logits)
+            forward = self._prompt if prompt else self.executor.forward
+            logits = forward(ids, len(self._history), all_logits=all_logits)
             # Not before: a forward that raises leaves a stale end, which the next one overwrites.
             self._history.extend(tokens)
             return logits
@@ -180,9 +202,11 @@ class Session:
         """
         inputs = list(tokens[:-1])
         ticket, position = self._begin(tokens[: first + 1])
-        for start in range(position, first, PROMPT_CHUNK):
-            self._extend(inputs[start : min(start + PROMPT_CHUNK, first)], ticket)
+        for start in range(position, first, self._prompt_tokens):
+            part = inputs[start : min(start + self._prompt_tokens, first)]
+            self._extend(part, ticket, prompt=True)
         most = min(LOGITS_BYTES, getattr(self.executor, "logits_bytes", LOGITS_BYTES))
         rows = max(1, min(PROMPT_CHUNK, most // (4 * self.executor.vocabulary)))
         for start in range(first, len(inputs), rows):
-            yield start, self._extend(inputs[start : start + rows], ticket, all_logits=True)
+            part = inputs[start : start + rows]
+            yield start, self._extend(part, ticket, prompt=True, all_logits=True)
