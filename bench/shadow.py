@@ -54,7 +54,7 @@ def random_matrix(n: int, k: int, bits: int) -> dict[str, Any]:
     """Random codes, symmetric, in groups of GROUP: arguments of the native calls."""
     rng = np.random.default_rng(n + k)
     return {
-        "planes": rng.integers(0, 256, planes_bytes((n, k), bits), np.uint8),
+        "planes": rng.integers(0, 256, planes_bytes(n, k, bits), np.uint8),
         "scales": np.full((-(-n // PANEL), k // GROUP, PANEL), 0.01, np.float16),
         "offsets": None, "n": n, "k": k, "bits": bits, "group_size": GROUP,
         "zero": 1 << bits - 1, "affine": "symmetric",

@@ -246,7 +246,7 @@ def save(packed: PackedModel, scores: Mapping[str, Scores]) -> None:
         arrays[name + ".importance"] = entry.importance
         arrays[name + ".histogram"] = entry.histogram
         arrays[name + ".outputs_and_sensitivity"] = np.array([entry.outputs, entry.sensitivity])
-    content = to_bytes(arrays, {"version": VERSION, "model": _fingerprint(packed)})
+    content = to_bytes(arrays, {"version": VERSION, "model": fingerprint(packed)})
     target = calibration_file(packed)
     partial = target.with_name(f"{FILE}.partial-{secrets.token_hex(4)}")
     try:
@@ -275,7 +275,7 @@ def saved(packed: PackedModel, ops: OpList) -> dict[str, Scores] | None:
     try:
         with safe_open(path, "numpy") as file:
             metadata = file.metadata() or {}
-            if metadata.get("version") != VERSION or metadata.get("model") != _fingerprint(packed):
+            if metadata.get("version") != VERSION or metadata.get("model") != fingerprint(packed):
                 log.warning("%s: was made for another model or version; made anew", path)
                 return None
             found = {name: _entry(file, name) for name in _names(file.keys())}
@@ -315,7 +315,7 @@ def _entry(file: object, name: str) -> Scores:
     return Scores(importance, histogram, int(outputs), sensitivity)
 
 
-def _fingerprint(packed: PackedModel) -> str:
+def fingerprint(packed: PackedModel) -> str:
     """Of what is computed, not of how it is stored: both orders of a model share a calibration."""
     matrices = {
         name: [*record.shape, record.bits, record.group_size, str(record.affine), record.zero]

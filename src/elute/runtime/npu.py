@@ -1,0 +1,138 @@
+"""Puts the prompts of a loaded model on a device: calibration, choices, compiled graphs, a trial."""
+
+from __future__ import annotations
+
+import logging
+import statistics as stats
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from elute.errors import NOTE, DeviceError, ShapeError, UnsupportedError
+from elute.formats.packed import PackedModel
+from elute.npu import find, saved
+from elute.npu.assemble import HOT_SHARE, assemble
+from elute.npu.calibrate import SiteStatistics, calibrate
+from elute.npu.choices import choose
+from elute.npu.device import Device, Progress
+from elute.npu.prompts import PromptExecutor
+from elute.pack.reorder import dequantized
+from elute.runtime.calibration import calibration_file, fingerprint
+from elute.runtime.executor import CHUNK, Executor
+from elute.types import PackedMatrix
+
+log = logging.getLogger(__name__)
+
+DEFAULT_PRUNING = 0.75  # docs/npu.md has the table that says so
+_TRIALS = 3
+
+
+def measured_for_npu(
+    packed: PackedModel,
+    executor: Executor,
+    tokens: Callable[[], Sequence[int]],
+    *,
+    progress: Progress | None = None,
+) -> dict[str, SiteStatistics]:
+    """The calibration that is kept with the model; made and kept where there is none."""
+    path = calibration_file(packed).with_name(saved.FILE)
+    model = fingerprint(packed)
+    found = saved.load(path, executor.sites, model=model)
+    if found is None:
+        log.log(NOTE, "npu: measuring the model on a text of elute's own, once")
+        found = calibrate(
+            executor, lambda name: dequantized(packed, name), tokens(), progress=progress
+        )
+        saved.save(path, found, model=model)
+    return found
+
+
+def with_npu(
+    executor: Executor,
+    packed: PackedModel,
+    matrices: Callable[[str], PackedMatrix],
+    wanted: str,
+    tokens: Callable[[], Sequence[int]],
+    *,
+    pruning: float = DEFAULT_PRUNING,
+    chunk: int = CHUNK,
+    hot_share: float = HOT_SHARE,
+    folder: Path,
+    progress: Progress | None = None,
+) -> PromptExecutor | None:
+    """The executor whose prompts a device multiplies; None: prompts stay on the CPU, said why.
+
+    wanted    of --npu; see npu.find.choose
+    matrices  of the packed model, in memory or mapped
+    tokens    of the text that a calibration takes, where there is none yet
+    folder    where compiled graphs are kept
+
+    Raises DeviceError where a device is required and fails, UnsupportedError for a name that is
+    none, ShapeError for a chunk or share out of bounds.
+    """
+    if not 1 <= chunk <= CHUNK:
+        raise ShapeError(f"--npu-chunk: found {chunk}, wanted 1 to {CHUNK} tokens")
+    chosen = find.choose(wanted, folder=folder)
+    if chosen.open is None:
+        return None
+    if not executor.sites:
+        log.log(
+            NOTE, "npu: the model has no linear layers outside of experts; prompts run on the CPU"
+        )
+        return None
+    statistics = measured_for_npu(packed, executor, tokens, progress=progress)
+    choices = choose({name: found.effects for name, found in statistics.items()}, pruning)
+    device: Device | None = None
+    try:
+        device = chosen.open()
+        linears = assemble(
+            executor.sites,
+            matrices,
+            statistics,
+            choices,
+            device,
+            chunk=chunk,
+            identity=fingerprint(packed),
+            isa=executor.isa,
+            hot_share=hot_share,
+            progress=progress,
+        )
+    except (DeviceError, UnsupportedError) as error:
+        if device is not None:
+            device.close()
+        if wanted.startswith(find.REQUIRE):
+            raise
+        log.log(NOTE, "npu: %s; prompts run on the CPU", error)
+        return None
+    prompts = PromptExecutor(executor, linears, device, chunk=chunk)
+    if wanted == "auto" and not _is_faster(prompts, executor):
+        device.close()
+        return None
+    return prompts
+
+
+def _is_faster(prompts: PromptExecutor, executor: Executor) -> bool:
+    """Whether a chunk takes less by the device, both warm; says so where it does not."""
+    n = min(prompts.chunk, executor.context)
+    tokens = np.arange(n, dtype=np.int32) % executor.vocabulary
+    seconds: dict[bool, list[float]] = {False: [], True: []}
+    for trial in range(_TRIALS + 1):
+        for by_device, forward in ((False, executor.forward), (True, prompts.prompt)):
+            began = time.perf_counter()
+            forward(tokens, 0)
+            if trial:
+                seconds[by_device].append(time.perf_counter() - began)
+    cpu, npu = (stats.median(seconds[by_device]) for by_device in (False, True))
+    if npu < cpu:
+        log.info("npu: %d tokens take %.0f ms, on the CPU %.0f", n, npu * 1e3, cpu * 1e3)
+        return True
+    log.log(
+        NOTE,
+        "npu: %d tokens take %.0f ms by the NPU and %.0f by the CPU; prompts run on the CPU",
+        n,
+        npu * 1e3,
+        cpu * 1e3,
+    )
+    return False
