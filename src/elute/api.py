@@ -22,7 +22,10 @@ from elute.runtime.session import Executor
 
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
+    from elute.formats.packed import PackedModel
+    from elute.npu.prompts import PromptExecutor
     from elute.quantize.recipe import Recipe
+    from elute.runtime.executor import Executor as NativeExecutor
     from elute.types import WeightSource
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "calibrate", "load"]
@@ -324,6 +327,9 @@ def load(
     memory: str | int | None = None,
     sparsity: float = 0.0,
     cache_aware: float = 0.0,
+    npu: str = "off",
+    npu_pruning: float | None = None,
+    npu_chunk: int | None = None,
     checked: bool = False,
     score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -356,6 +362,13 @@ def load(
               and on what was answered before; at 0 it does not
     checked   weights are compared with their checksums, at the start or, with memory, whenever
               they are read: damage is then a DeviceError and never a token
+    npu       what multiplies prompts, in int8: "qnn", "openvino", "sim" (numpy, slow), "cpu" (ONNX
+              Runtime), "auto", an NPU if there is one and it is faster, or "off"; "require:NAME"
+              fails where that device does not work, else prompts stay on the CPU, and a line says
+              why. Answers change a little; the first use measures the model; see docs/npu.md
+    npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
+              docs/npu.md says why 0.75 when None
+    npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
@@ -467,8 +480,23 @@ def load(
         else:
             told = "all weights are in memory, so it changes nothing"
         log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
+    prompts = None
+    if npu != "off":
+        prompts = _on_npu(
+            executor,
+            packed,
+            weights,
+            tokenizer,
+            npu,
+            pruning=npu_pruning,
+            chunk=npu_chunk,
+            folder=folder,
+            progress=progress,
+        )
+        if prompts is not None and sparsity:
+            log.log(NOTE, "sparsity: all weights count for prompts, which the NPU multiplies")
     return Model(
-        executor,
+        executor if prompts is None else prompts,
         tokenizer,
         name=str(model),
         path=packed.path,
@@ -477,6 +505,36 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
+    )
+
+
+def _on_npu(
+    executor: NativeExecutor,
+    packed: PackedModel,
+    weights: WeightSource,
+    tokenizer: Tokenizer,
+    npu: str,
+    *,
+    pruning: float | None,
+    chunk: int | None,
+    folder: Path | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> PromptExecutor | None:
+    from elute.formats.sources import cache_dir
+    from elute.runtime import calibration
+    from elute.runtime.executor import CHUNK
+    from elute.runtime.npu import DEFAULT_PRUNING, with_npu
+
+    return with_npu(
+        executor,
+        packed,
+        weights.matrix,
+        npu,
+        lambda: text_tokens(tokenizer, calibration.own_text())[0],
+        pruning=DEFAULT_PRUNING if pruning is None else pruning,
+        chunk=CHUNK if chunk is None else chunk,
+        folder=(folder or cache_dir()) / "npu",
+        progress=progress,
     )
 
 

@@ -116,6 +116,29 @@ sparsity = click.option(
     "it. Answers get worse; the first use measures the model, as calibrate does.  [default: 0]",
 )
 
+npu_options = _all(
+    click.option(
+        "--npu",
+        default="off",
+        metavar="DEVICE",
+        help="What multiplies prompts, in int8: qnn, openvino, cpu, sim, auto or off; require:NAME "
+        "fails where that device does not work; see doctor and docs/npu.md.  [default: off]",
+    ),
+    click.option(
+        "--npu-pruning",
+        type=click.FloatRange(0, 1),
+        metavar="SHARE",
+        help="With --npu, add no outliers back at this share of the inputs, 0 to 1.  "
+        "[default: 0.75]",
+    ),
+    click.option(
+        "--npu-chunk",
+        type=click.IntRange(1, 256),
+        metavar="N",
+        help="With --npu, tokens of a prompt that are multiplied at a time.  [default: 256]",
+    ),
+)
+
 load_options = _all(
     pack_options,
     click.option("--context", type=click.IntRange(1), help="Tokens of prompt and answer together."),
@@ -123,6 +146,7 @@ load_options = _all(
     kernel_options,
     cache_type,
     sparsity,
+    npu_options,
 )
 
 memory = click.option(
@@ -204,6 +228,9 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         memory=options.get("memory"),
         sparsity=options["sparsity"],
         cache_aware=options.get("cache_aware", 0.0),
+        npu=options["npu"],
+        npu_pruning=options["npu_pruning"],
+        npu_chunk=options["npu_chunk"],
         checked=options.get("checked", False),
         score_bytes=options.get("score_bytes"),
         progress=screen,

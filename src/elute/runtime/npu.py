@@ -1,4 +1,4 @@
-"""Puts the prompts of a loaded model on a device: calibration, choices, compiled graphs, a trial."""
+"""Puts a loaded model's prompts on a device: calibration, choices, compiled graphs, a trial."""
 
 from __future__ import annotations
 
