@@ -46,14 +46,19 @@ def choose(effects: Mapping[str, Mapping[Choice, float]], pruned: float) -> dict
 
     Raises ShapeError for a share outside 0..1.
     """
-    if not 0 <= pruned <= 1:
-        raise ShapeError(f"pruning: found {pruned}, wanted 0 to 1")
+    check_pruned(pruned)
     plain = {name: min(PLAIN, key=of.__getitem__) for name, of in effects.items()}
     shadowed = {name: _shadow(of) for name, of in effects.items()}
     gains = {name: of[plain[name]] - of[shadowed[name]] for name, of in effects.items()}
     by_gain = sorted(gains, key=lambda name: gains[name])
     without = set(by_gain[: round(pruned * len(by_gain))])
     return {name: plain[name] if name in without else shadowed[name] for name in effects}
+
+
+def check_pruned(share: float) -> None:
+    """Raises ShapeError outside 0..1."""
+    if not 0 <= share <= 1:
+        raise ShapeError(f"pruning: found {share}, wanted 0 to 1")
 
 
 def _shadow(effects: Mapping[Choice, float]) -> Choice:
