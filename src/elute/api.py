@@ -472,16 +472,8 @@ def load(
             calibration.save(packed, scores)
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "sparsity: not kept, since a context of %d is short", executor.context)
-    if scores is not None:
-        executor.sparsify(thresholds(scores, sparsity), cache_aware=cache_aware)
-    if cache_aware and isinstance(weights, FlashWeights):
-        if weights.plan.staging:
-            told = "what is answered depends on which weights are in memory, so also on --memory"
-        else:
-            told = "all weights are in memory, so it changes nothing"
-        log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     prompts = None
-    if npu != "off":
+    if npu != "off":  # before anything is left out: its calibration is of the whole model
         prompts = _on_npu(
             executor,
             packed,
@@ -495,6 +487,14 @@ def load(
         )
         if prompts is not None and sparsity:
             log.log(NOTE, "sparsity: all weights count for prompts, which the NPU multiplies")
+    if scores is not None:
+        executor.sparsify(thresholds(scores, sparsity), cache_aware=cache_aware)
+    if cache_aware and isinstance(weights, FlashWeights):
+        if weights.plan.staging:
+            told = "what is answered depends on which weights are in memory, so also on --memory"
+        else:
+            told = "all weights are in memory, so it changes nothing"
+        log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     return Model(
         executor if prompts is None else prompts,
         tokenizer,
