@@ -531,11 +531,21 @@ def _on_npu(
         weights.matrix,
         npu,
         lambda: text_tokens(tokenizer, calibration.own_text())[0],
+        lacking=_lacking_for_npu(packed, weights),
         pruning=DEFAULT_PRUNING if pruning is None else pruning,
         chunk=CHUNK if chunk is None else chunk,
         folder=(folder or cache_dir()) / "npu",
         progress=progress,
     )
+
+
+def _lacking_for_npu(packed: PackedModel, weights: WeightSource) -> str:
+    """Why a device cannot be given the weights; empty where it can."""
+    if packed.banks:
+        return f"{packed.path}: found weights in channel order, wanted panel order"
+    if isinstance(weights, FlashWeights) and (weights.plan.places or weights.plan.staging):
+        return "memory: found a budget that not all weights fit, wanted one that they do"
+    return ""
 
 
 def calibrate(
