@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -251,7 +253,10 @@ def open_session(
     else:
         listed = [PROVIDER_NAMES[provider]]
     try:
-        session = runtime().InferenceSession(model, options, providers=listed, enable_fallback=0)
+        with _told_on_stderr():
+            session = runtime().InferenceSession(
+                model, options, providers=listed, enable_fallback=0
+            )
     except Exception as error:  # its errors have no common class
         what = "compile" if isinstance(model, bytes) else f"load from {model}"
         raise DeviceError(
@@ -263,6 +268,23 @@ def open_session(
             f"wanted {PROVIDER_NAMES[provider]} first"
         )
     return session
+
+
+@contextmanager
+def _told_on_stderr() -> Iterator[None]:
+    """What libraries print meanwhile does not get among answers: the emulator of onnxruntime-qnn
+    writes a line about LIBNATIVE to standard output when it is first used (2.7.0, x86)."""
+    try:
+        kept = os.dup(1)
+        os.dup2(2, 1)
+    except OSError:  # one of them is closed
+        yield
+        return
+    try:
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def nodes_by_provider(traces: Path) -> Counter[str]:
