@@ -7,9 +7,9 @@ from dataclasses import replace
 import numpy as np
 import pytest
 from test_executor import InMemory
-from tiny_npu import CONTEXT, MIXTURES, Tiny, some_tokens, tiny
+from tiny_npu import CONTEXT, MIXTURES, Tiny, prompts, some_tokens, tiny
 
-from elute.errors import ShapeError
+from elute.errors import FormatError, ShapeError
 from elute.npu import calibrate as module
 from elute.npu.calibrate import MIN_TOKENS, MOST_WINDOWS, WINDOW, calibrate
 from elute.npu.choices import CHOICES, PLAIN, SHADOWED, choose
@@ -132,6 +132,23 @@ def test_a_model_that_is_not_finite_is_a_sentence(part: str, bad: float) -> None
     with pytest.raises(ShapeError, match="calibrate: found a value that is not finite at"):
         calibrate(executor, model.floats.__getitem__, tokens.tolist())
     assert executor.forward(tokens[:3], 0).shape[0] == 1  # and it is free again
+
+
+@pytest.mark.parametrize("hot_share", [0.0, 1.0])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["q_proj", "down_proj"])
+def test_a_model_that_was_damaged_since_is_a_sentence(
+    part: str, bad: float, hot_share: float
+) -> None:
+    model = tiny("llama")
+    source = InMemory({}, model.source._vectors)
+    name = next(n for n in model.ops.matrices() if part in n)
+    packed = model.source.matrix(name)
+    scales = packed.scales.copy()
+    scales[0, 0, 0] = bad
+    source._packed = model.source._packed | {name: replace(packed, scales=scales)}
+    with pytest.raises(FormatError, match=f"{name}: .* not finite; the model is damaged; conv"):
+        prompts(replace(model, source=source), hot_share=hot_share)
 
 
 def test_interrupted_calibrations_leave_the_host_free() -> None:

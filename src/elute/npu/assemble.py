@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 
+from elute.errors import EluteError, FormatError
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import Choice
 from elute.npu.device import Q_MAX, Device, Graph, Outputs, Product, Profile, Progress
@@ -34,7 +36,7 @@ def assemble(
     hot_share: float = HOT_SHARE,
     progress: Progress | None = None,
 ) -> list[StaticLinear]:
-    """Loads the device. Raises as Device.load does.
+    """Loads the device. Raises as Device.load does, FormatError for weights that are not finite.
 
     choices    of each site; see choices.choose
     identity   of the weights: part of what the products' digests are made of
@@ -60,7 +62,8 @@ def assemble(
             )
         )
         held = [matrices(name) for name in site.weights]
-        rows = Rows(held, scaled[site.name], hot[site.name], isa=isa)
+        with _naming(site.name):
+            rows = Rows(held, scaled[site.name], hot[site.name], isa=isa)
         graph = Graph(chunk, products)
         linears.append(
             StaticLinear(site, graph, profile.outputs, rows, shadow=choice.shadow, isa=isa)
@@ -80,13 +83,24 @@ def _product(
     isa: str,
 ) -> Product:
     def weights() -> I8:
-        return weight_rows(matrices(name), scales, isa=isa)
+        with _naming(name):
+            return weight_rows(matrices(name), scales, isa=isa)
 
     scale = output_scale if profile.outputs is Outputs.INT8 else None
     digest = hashlib.sha256("\0".join((*told, name, repr(input_scale), repr(scale))).encode())
     digest.update(scales.tobytes())
     shape = matrices(name).shape
     return Product(name, shape, weights, scales, input_scale, scale, digest.hexdigest())
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    try:
+        yield
+    except EluteError:
+        raise
+    except ValueError as error:  # weights that are not finite
+        raise FormatError(f"{name}: {error}; convert it again") from None
 
 
 def _hot(
