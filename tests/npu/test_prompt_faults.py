@@ -211,6 +211,23 @@ def test_a_prompt_beside_another_is_refused_or_right(model: Tiny) -> None:
     still_works(made, model)
 
 
+def test_two_models_answer_side_by_side(model: Tiny) -> None:
+    tokens = some_tokens(64, model.ops.vocabulary)
+    want = plain(model).prompt(tokens, 0)
+    both = [prompts(model, chunk=10), prompts(model, chunk=16, n_threads=2)]
+    outcomes = []
+
+    def work(made: PromptExecutor) -> None:
+        outcomes.extend(np.array_equal(made.prompt(tokens, 0), want) for _ in range(4))
+
+    threads = [threading.Thread(target=work, args=(made,)) for made in both]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert outcomes == [True] * 8
+
+
 def test_a_device_takes_one_model(model: Tiny) -> None:
     device = Sim()
     made = prompts(model, device=device)
