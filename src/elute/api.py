@@ -505,6 +505,7 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
+        close=lambda: None if prompts is None else prompts.close(),
     )
 
 

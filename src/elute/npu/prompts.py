@@ -88,15 +88,19 @@ class PromptExecutor:
             self._stages, len(chunks), in_flight=min(self._in_flight, len(chunks))
         )
         sites = [linear.site for linear in self.linears]
-        with self.host.cut(sites, len(chunks)) as segments:
+        with self.host.cut(sites, graph.in_flight) as segments:
             segments.cached(position)  # an interrupted prompt leaves no mixture
-            work = _Work(self.linears, self._device, segments, chunks, all_logits)
+            work = _Work(self.linears, self._device, segments, chunks, graph.in_flight, all_logits)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
             self.last = run(graph, self._policy, times, work)
             segments.cached(position + tokens.size)
         self._remember()
         self._tokens += tokens.size
         return np.concatenate(work.logits) if len(work.logits) > 1 else work.logits[0]
+
+    def close(self) -> None:
+        """Gives the device back; `forward` still works."""
+        self._device.close()
 
     def figures(self) -> Figures:
         counts = Counts()
@@ -127,6 +131,7 @@ class _Work:
         device: Device,
         segments: Segments,
         chunks: Sequence[tuple[I32, int]],
+        in_flight: int,
         all_logits: bool,
     ) -> None:
         self._linears = linears
@@ -136,6 +141,9 @@ class _Work:
         self._all_logits = all_logits
         self._pending: list[Pending | None] = [None] * len(chunks)
         self._logits: dict[int, F32] = {}
+        # Registers of a chunk from its first float stage to its last; those are of one thread.
+        self._free = list(range(in_flight))
+        self._place: dict[int, int] = {}
 
     @property
     def logits(self) -> list[F32]:
@@ -158,9 +166,12 @@ class _Work:
         """From the product before `site` to its input."""
         tokens, position = self._chunks[chunk]
         pending = self._pending[chunk]
+        if site == 0:
+            self._place[chunk] = self._free.pop()
+        place = self._place[chunk]
         if pending is not None:
             before = self._linears[site - 1]
-            registers = [self._segments.register(o, chunk=chunk) for o in before.site.outputs]
+            registers = [self._segments.register(o, chunk=place) for o in before.site.outputs]
             before.finish(pending, registers)
             self._pending[chunk] = None
         last = site == len(self._linears)
@@ -168,15 +179,17 @@ class _Work:
             site,
             tokens,
             position,
-            chunk=chunk,
+            chunk=place,
             all_logits=self._all_logits,
             want_logits=last and (self._all_logits or chunk == len(self._chunks) - 1),
         )
         if logits is not None:
             self._logits[chunk] = logits
-        if not last:
+        if last:
+            self._free.append(self._place.pop(chunk))
+        else:
             linear = self._linears[site]
-            x = self._segments.register(linear.site.input, chunk=chunk)[: tokens.size]
+            x = self._segments.register(linear.site.input, chunk=place)[: tokens.size]
             self._pending[chunk] = linear.split(x)
 
 
