@@ -1,8 +1,8 @@
 """What int8 prompts cost in accuracy and in time: shadow outliers beside what others do.
 
-    python bench/npu.py [MODEL] --text FILE [--windows 40] [--context 512] [--only WORD,WORD]
+    python bench/npu.py [MODEL] --text FILE [--windows 40] [--context 512] [--only ROW ...]
                         [--table accuracy|pruning|bounds|noise|time] [--against PERPLEXITY]
-                        [--threads 1]
+                        [--shares 0,0.25,0.5,0.6,0.75,0.85,0.9,1] [--threads 1]
 
 Perplexities by elute eval's protocol. Every row runs elute's own executor, cut at the products of
 its linear layers, which are made otherwise; attention, norms and head stay. Scales come from a
@@ -54,7 +54,6 @@ from elute.runtime.npu import DEFAULT_PRUNING, measured_for_npu
 from elute.runtime.store import open_packed
 from elute.types import F32, I32
 
-SHARES = (0.0, 0.25, 0.5, 0.6, 0.75, 0.85, 0.9, 1.0)
 ALPHAS = (0.5, 0.6, 0.7, 0.8, 0.85)
 PADDING = 64  # bytes that kernels may read past the planes
 ROUNDS = 15
@@ -79,7 +78,8 @@ class Bench:
                 tokens, context=given.context, n_windows=given.windows, bos=bos
             )
         context = max(given.context, calibration.WINDOW)
-        self.context, self.threads = context, given.threads
+        self.context = context
+        self.shares = [float(share) for share in given.shares.split(",")]
         self.host = Executor(self.ops, self.packed, context=context, n_threads=given.threads)
         self.statistics = measured_for_npu(self.packed, self.host, lambda: self.own)
         self.int8_bytes = sum(
@@ -145,13 +145,18 @@ class Bench:
             row["saturated"] = counts.saturated / counts.outputs
         if figures.wanted:
             row["found"] = figures.found / figures.wanted
-        row["memory"] = sum(linear.rows.nbytes for linear in prompts.linears) / self.int8_bytes
+        row["memory"] = held_bytes(prompts) / self.int8_bytes
         return row
 
     def method(self, method: Method) -> Row:
         executor = MethodExecutor(self.host, method)
         row = self.measure(executor)
         return {**row, "clipped": method.clipped / max(method.seen, 1)}
+
+
+def held_bytes(prompts: PromptExecutor) -> int:
+    """Of weight rows that stay in memory."""
+    return sum(linear.rows.nbytes for linear in prompts.linears)
 
 
 def by_paper(bench: Bench, pruned: float) -> dict[str, Choice]:
@@ -217,7 +222,7 @@ def accuracy(bench: Bench) -> Iterator[Line]:
 
 
 def pruning(bench: Bench) -> Iterator[Line]:
-    for share in SHARES:
+    for share in bench.shares:
         yield Line(
             f"{share:g} by effect",
             lambda s=share: bench.shadows(chosen.choose(bench.effects, s)),
@@ -302,7 +307,7 @@ def times(bench: Bench, tokens: Sequence[int]) -> list[Row]:
         "reach": lambda s: by_paper(bench, s),
     }
     for kind, choose in kinds.items():
-        for share in SHARES[:-1]:
+        for share in bench.shares:
             rows.append(
                 {"pruned": share, "by": kind}
                 | chunk_times(bench, choose(share), np.asarray(tokens, np.int32))
@@ -349,6 +354,7 @@ def chunk_times(bench: Bench, choices: Choices, tokens: I32) -> Row:
         "outliers": outliers,
         "rows": channels,
         "shadows": sum(c.shadow for c in choices.values()),
+        "memory": held_bytes(prompts) / bench.int8_bytes,
     }
 
 
@@ -361,8 +367,9 @@ def main() -> None:
     parser.add_argument(
         "--table", choices=["accuracy", "pruning", "bounds", "noise", "time"], default="accuracy"
     )
-    parser.add_argument("--only", help="of the rows those with one of these words")
+    parser.add_argument("--only", action="append", help="rows whose name has this in it")
     parser.add_argument("--against", type=float, help="perplexity in float")
+    parser.add_argument("--shares", default="0,0.25,0.5,0.6,0.75,0.85,0.9,1")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     bench = Bench(given)
@@ -374,7 +381,7 @@ def main() -> None:
             print(row | ratios)
         print(json.dumps({**told, "rows": rows}))
         return
-    only = given.only.split(",") if given.only else [""]
+    only = given.only or [""]
     against = given.against
     rows = []
     if against is None:
