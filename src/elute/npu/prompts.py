@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elute.errors import ShapeError
-from elute.npu import schedule
+from elute.npu import checks, schedule
 from elute.npu.device import Device
 from elute.npu.linear import Counts, Pending, StaticLinear
 from elute.npu.policies import CriticalPath
@@ -158,7 +158,9 @@ class _Work:
         assert pending is not None
         linear = self._linears[site]
         if task.worker is Worker.NPU:
-            pending.results = self._device.run(linear.name, pending.q)
+            profile = self._device.profile
+            results = self._device.run(linear.name, pending.q)
+            pending.results = checks.check_outputs(linear.graph, profile, results, profile.name)
         else:
             linear.add_shadow(pending)
 
