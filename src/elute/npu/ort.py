@@ -9,9 +9,11 @@ from __future__ import annotations
 import functools
 import json
 import logging
+import os
 import platform
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -56,9 +58,11 @@ def runtime() -> Any:
     """The module onnxruntime. Raises DeviceError, saying what to install."""
     try:
         import onnxruntime
-    except ImportError as error:
+
+        onnxruntime.InferenceSession  # noqa: B018 (where its library fails, the module may be empty)
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
-            f"npu: onnxruntime does not load ({error}); pip install 'elute[npu]'"
+            f"npu: onnxruntime does not load ({_line(error)}); pip install 'elute[npu]'"
         ) from None
     return onnxruntime
 
@@ -72,9 +76,9 @@ def qnn_device() -> tuple[Any, str]:
     ort = runtime()
     try:
         import onnxruntime_qnn as qnn
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
-            f"npu qnn: onnxruntime-qnn does not load ({error}); pip install 'elute[npu]'"
+            f"npu qnn: onnxruntime-qnn does not load ({_line(error)}); pip install 'elute[npu]'"
         ) from None
     try:
         ort.register_execution_provider_library(qnn.EP_NAME, qnn.get_library_path())
@@ -251,7 +255,10 @@ def open_session(
     else:
         listed = [PROVIDER_NAMES[provider]]
     try:
-        session = runtime().InferenceSession(model, options, providers=listed, enable_fallback=0)
+        with _stdout_aside():
+            session = runtime().InferenceSession(
+                model, options, providers=listed, enable_fallback=0
+            )
     except Exception as error:  # its errors have no common class
         what = "compile" if isinstance(model, bytes) else f"load from {model}"
         raise DeviceError(
@@ -263,6 +270,23 @@ def open_session(
             f"wanted {PROVIDER_NAMES[provider]} first"
         )
     return session
+
+
+@contextmanager
+def _stdout_aside() -> Iterator[None]:
+    """Qualcomm's libraries greet on stdout, where answers go: sends that to stderr instead."""
+    try:
+        kept = os.dup(1)
+    except OSError:  # closed
+        yield
+        return
+    try:
+        with suppress(OSError):
+            os.dup2(2, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def nodes_by_provider(traces: Path) -> Counter[str]:

@@ -174,6 +174,17 @@ class Staggered:
 
 
 @dataclass(frozen=True)
+class Alone:
+    """One task at a time, of whichever worker: what each takes with the machine to itself."""
+
+    def begin(self, graph: Graph, seconds: Sequence[float]) -> Choose:
+        def choose(ready: Sequence[int], worker: Worker, front: Front) -> int | None:
+            return None if front.running else min(ready)
+
+        return choose
+
+
+@dataclass(frozen=True)
 class RandomOrder:
     """Any order at all: what tests compare the others with."""
 

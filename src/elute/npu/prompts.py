@@ -9,7 +9,8 @@ Source: llm.npu (arXiv 2407.05858), sections 3.2 and 3.4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -101,6 +102,20 @@ class PromptExecutor:
     def close(self) -> None:
         """Gives the device back; `forward` still works."""
         self._device.close()
+
+    @property
+    def device(self) -> str:
+        """The name of what it is."""
+        return self._device.profile.name
+
+    @contextmanager
+    def scheduled(self, policy: Policy) -> Generator[None]:
+        """Prompts meanwhile go by this policy."""
+        before, self._policy = self._policy, policy
+        try:
+            yield
+        finally:
+            self._policy = before
 
     def figures(self) -> Figures:
         counts = Counts()
