@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from elute.errors import ShapeError
-from elute.npu import schedule
+from elute.npu import checks, schedule
 from elute.npu.device import Device
 from elute.npu.linear import Counts, Pending, StaticLinear
 from elute.npu.policies import CriticalPath
@@ -89,9 +89,9 @@ class PromptExecutor:
             self._stages, len(chunks), in_flight=min(self._in_flight, len(chunks))
         )
         sites = [linear.site for linear in self.linears]
-        with self.host.cut(sites, len(chunks)) as segments:
+        with self.host.cut(sites, graph.in_flight) as segments:
             segments.cached(position)  # an interrupted prompt leaves no mixture
-            work = _Work(self.linears, self._device, segments, chunks, all_logits)
+            work = _Work(self.linears, self._device, segments, chunks, graph.in_flight, all_logits)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
             self.last = run(graph, self._policy, times, work)
             segments.cached(position + tokens.size)
@@ -112,6 +112,10 @@ class PromptExecutor:
             yield
         finally:
             self._policy = before
+
+    def close(self) -> None:
+        """Gives the device back; `forward` still works."""
+        self._device.close()
 
     def figures(self) -> Figures:
         counts = Counts()
@@ -142,6 +146,7 @@ class _Work:
         device: Device,
         segments: Segments,
         chunks: Sequence[tuple[I32, int]],
+        in_flight: int,
         all_logits: bool,
     ) -> None:
         self._linears = linears
@@ -151,6 +156,9 @@ class _Work:
         self._all_logits = all_logits
         self._pending: list[Pending | None] = [None] * len(chunks)
         self._logits: dict[int, F32] = {}
+        # Registers of a chunk from its first float stage to its last; those are of one thread.
+        self._free = list(range(in_flight))
+        self._place: dict[int, int] = {}
 
     @property
     def logits(self) -> list[F32]:
@@ -165,7 +173,9 @@ class _Work:
         assert pending is not None
         linear = self._linears[site]
         if task.worker is Worker.NPU:
-            pending.results = self._device.run(linear.name, pending.q)
+            profile = self._device.profile
+            results = self._device.run(linear.name, pending.q)
+            pending.results = checks.check_outputs(linear.graph, profile, results, profile.name)
         else:
             linear.add_shadow(pending)
 
@@ -173,9 +183,12 @@ class _Work:
         """From the product before `site` to its input."""
         tokens, position = self._chunks[chunk]
         pending = self._pending[chunk]
+        if site == 0:
+            self._place[chunk] = self._free.pop()
+        place = self._place[chunk]
         if pending is not None:
             before = self._linears[site - 1]
-            registers = [self._segments.register(o, chunk=chunk) for o in before.site.outputs]
+            registers = [self._segments.register(o, chunk=place) for o in before.site.outputs]
             before.finish(pending, registers)
             self._pending[chunk] = None
         last = site == len(self._linears)
@@ -183,15 +196,17 @@ class _Work:
             site,
             tokens,
             position,
-            chunk=chunk,
+            chunk=place,
             all_logits=self._all_logits,
             want_logits=last and (self._all_logits or chunk == len(self._chunks) - 1),
         )
         if logits is not None:
             self._logits[chunk] = logits
-        if not last:
+        if last:
+            self._free.append(self._place.pop(chunk))
+        else:
             linear = self._linears[site]
-            x = self._segments.register(linear.site.input, chunk=chunk)[: tokens.size]
+            x = self._segments.register(linear.site.input, chunk=place)[: tokens.size]
             self._pending[chunk] = linear.split(x)
 
 
