@@ -1,4 +1,4 @@
-"""A device that fails in the middle of a prompt: one sentence, and everything goes on afterwards."""
+"""A device that fails in the middle of a prompt: one sentence, and all goes on afterwards."""
 
 from __future__ import annotations
 
