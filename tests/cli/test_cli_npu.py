@@ -60,7 +60,7 @@ def test_calibrate_shows_each_kind_and_keeps_what_it_measured(run, folder, tmp_p
     assert Path(told["file"]).is_file()
     everything = told["inputs"]["all"]
     assert everything["inputs"] == 8
-    assert everything["with_shadow"] == 2  # a quarter, at the default pruning
+    assert everything["with_shadow"] == 3  # of 8, at the default pruning
     assert everything["largest_outlier"] > 127
     assert (
         everything["divergence_with_all"]

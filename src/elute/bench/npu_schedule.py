@@ -5,7 +5,6 @@ The NPU may be imagined: its products then take what this CPU's int8 kernels tak
 
 from __future__ import annotations
 
-import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -47,7 +46,8 @@ NAMED: tuple[tuple[str, tuple[Policy, ...]], ...] = (
 
 @dataclass(frozen=True)
 class Measured:
-    """Seconds, each a median with nothing else running.
+    """Seconds, each the least of several with nothing else of ours running: what other programs do
+    only adds to it.
 
     times    of each task of the graph, the NPU's as the device took
     kernels  of each product of a chunk by this CPU's int8 kernels, in the order of stages
@@ -109,7 +109,7 @@ def measure(
     assert prompts.last is not None
     return Measured(
         prompts.last.graph,
-        {task: statistics.median(all_) for task, all_ in seen.items()},
+        {task: min(all_) for task, all_ in seen.items()},
         tuple(kernels),
     )
 
@@ -128,10 +128,7 @@ def kernel_seconds(
                     segments.run(i, tokens, 0, whole=product)
                     seen[i].append(time.perf_counter() - began)
         segments.cached(0)
-    return [
-        max(statistics.median(a[1:]) - statistics.median(b[1:]), 0.0)
-        for a, b in zip(whole, without, strict=True)
-    ]
+    return [max(min(a[1:]) - min(b[1:]), 0.0) for a, b in zip(whole, without, strict=True)]
 
 
 def outcomes(graph: Graph, times: dict[Task, float], *, crossing_s: float) -> list[Outcome]:

@@ -65,8 +65,8 @@ def command(
 ) -> None:
     """Simulate a prompt of MODEL on an NPU and this CPU, with each rule of what runs when.
 
-    Every part of the prompt is timed with the machine to itself; figures are medians. Bubbles are
-    the share of the NPU's time, from its first product to the end of its last, in which it waits.
+    Every part of the prompt is timed alone; what counts is the least of --repeats. Bubbles are the
+    share of the NPU's time, from its first product to the end of its last, in which it waits.
     No schedule is shorter than the bound. Rules with a parameter are shown by the best of it.
     """
     from elute.api import load

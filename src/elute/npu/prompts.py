@@ -19,13 +19,15 @@ from elute.errors import ShapeError
 from elute.npu import checks, schedule
 from elute.npu.device import Device
 from elute.npu.linear import Counts, Pending, StaticLinear
-from elute.npu.policies import CriticalPath
+from elute.npu.policies import CriticalPath, quickest
 from elute.npu.run import run
-from elute.npu.schedule import Kind, Policy, Schedule, Stage, Task, Worker
+from elute.npu.schedule import Graph, Kind, Policy, Schedule, Stage, Task, Times, Worker
 from elute.npu.sites import Host, Segments
 from elute.types import F32, I32
 
 IN_FLIGHT = 4  # chunks under way: registers of 256 rows each
+# Of the bound: the first rule mostly is, and trying all takes 40 ms (2 chunks) to 300 ms (8).
+NEAR_ENOUGH = 1.02
 
 
 @dataclass(frozen=True)
@@ -46,7 +48,8 @@ class PromptExecutor:
 
     linears  of the host's sites, in their order; the host makes the other products itself
     chunk    tokens a graph of the device has
-    policy   when what runs; changes no bit
+    policy   when what runs; changes no bit. None: from the second prompt on, that which is quickest
+             in simulation
     """
 
     def __init__(
@@ -70,7 +73,8 @@ class PromptExecutor:
         self.prompt_tokens = chunk * 2 * in_flight  # what a session should hand over at a time
         self.last: Schedule | None = None  # of the prompt before
         self._device = device
-        self._policy = CriticalPath() if policy is None else policy
+        self._policy = policy
+        self._rules: dict[int, Policy] = {}  # by number of chunks
         self._in_flight = in_flight
         self._stages = _stages(self.linears)
         self._seconds = _guess(self.linears)
@@ -93,15 +97,11 @@ class PromptExecutor:
             segments.cached(position)  # an interrupted prompt leaves no mixture
             work = _Work(self.linears, self._device, segments, chunks, graph.in_flight, all_logits)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
-            self.last = run(graph, self._policy, times, work)
+            self.last = run(graph, self._rule(graph, times), times, work)
             segments.cached(position + tokens.size)
         self._remember()
         self._tokens += tokens.size
         return np.concatenate(work.logits) if len(work.logits) > 1 else work.logits[0]
-
-    def close(self) -> None:
-        """Gives the device back; `forward` still works."""
-        self._device.close()
 
     @property
     def device(self) -> str:
@@ -117,6 +117,10 @@ class PromptExecutor:
         finally:
             self._policy = before
 
+    def close(self) -> None:
+        """Gives the device back; `forward` still works."""
+        self._device.close()
+
     def figures(self) -> Figures:
         counts = Counts()
         for linear in self.linears:
@@ -127,6 +131,15 @@ class PromptExecutor:
         wanted = sum(linear.rows.wanted for linear in self.linears)
         found = sum(linear.rows.found for linear in self.linears)
         return Figures(self._tokens, counts, wanted, found)
+
+    def _rule(self, graph: Graph, times: Times) -> Policy:
+        if self._policy is not None:
+            return self._policy
+        if self.last is None or graph.n_chunks == 1:  # nothing is known, or there is no choice
+            return CriticalPath()
+        if graph.n_chunks not in self._rules:
+            self._rules[graph.n_chunks] = quickest(graph, times, near=NEAR_ENOUGH)
+        return self._rules[graph.n_chunks]
 
     def _remember(self) -> None:
         """How long stages take, for the next prompt's order."""

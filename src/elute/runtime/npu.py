@@ -73,12 +73,18 @@ def compiled_for(
 ) -> Compiled:
     """The graphs that with_npu of the same pruning and chunk would ask a chip's device for.
 
-    Raises UnsupportedError for a model without products, DeviceError without the compiler.
+    Raises UnsupportedError for a model without products, DeviceError without the compiler or where
+    the calibration cannot be kept.
     """
     _check_chunk(chunk)
     if not executor.sites:
         raise UnsupportedError(f"{packed.path}: {_NO_SITES}; there is nothing to compile")
     statistics = measured_for_npu(packed, executor, tokens, progress=progress)
+    if not npu_calibration_file(packed).is_file():
+        raise DeviceError(
+            f"{packed.path}: cannot keep the calibration, wanted it beside the weights, since "
+            "graphs are found by its scales; make the folder writable"
+        )
     linears = static_linears(
         executor.sites,
         packed.matrix,
