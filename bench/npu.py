@@ -2,7 +2,7 @@
 
     python bench/npu.py [MODEL] --text FILE [--windows 40] [--context 512] [--only ROW ...]
                         [--table accuracy|pruning|bounds|noise|time] [--against PERPLEXITY]
-                        [--shares 0,0.25,0.5,0.6,0.75,0.85,0.9,1] [--threads 1]
+                        [--shares 0,0.25,0.35,0.5,0.6,0.75,0.85,0.9,1] [--threads 1]
 
 Perplexities by elute eval's protocol. Every row runs elute's own executor, cut at the products of
 its linear layers, which are made otherwise; attention, norms and head stay. Scales come from a
@@ -168,15 +168,17 @@ def held_bytes(prompts: PromptExecutor) -> int:
 
 
 def by_paper(bench: Bench, pruned: float) -> dict[str, Choice]:
-    """choose() with llm.npu's ranking: the largest outlier over the scale."""
-    plain, shadowed = (chosen.choose(bench.effects, share) for share in (1.0, 0.0))
+    """As llm.npu: most important is the largest outlier over the scale of 99.9 % of the values;
+    the others' scales are of the largest value.
+    """
+    shadow, plain = chosen.SHADOWED[0], chosen.PLAIN[0]
     reach = {
-        name: found.input.maximum / shadowed[name].bound(found.input)
+        name: found.input.maximum / shadow.bound(found.input)
         for name, found in bench.statistics.items()
     }
     ranked = sorted(reach, key=lambda name: reach[name])
     without = set(ranked[: round(pruned * len(ranked))])
-    return {name: plain[name] if name in without else shadowed[name] for name in reach}
+    return {name: plain if name in without else shadow for name in reach}
 
 
 @dataclass(frozen=True)
@@ -254,16 +256,6 @@ def bounds(bench: Bench) -> Iterator[Line]:
         every = dict.fromkeys(default, bound)
         yield Line(f"every site at {bound}", lambda e=every: bench.shadows(e))
         yield Line(f"all shadowed at {bound}", lambda b=bound: bench.shadows(with_bound(b)))
-    for worth in (0.0, 3e-5, 1e-4, 3e-4, 1e-3):
-
-        def by_worth(worth: float = worth) -> Row:
-            kept, chosen.WORTH_A_NARROW_BOUND = chosen.WORTH_A_NARROW_BOUND, worth
-            try:
-                return bench.shadows(chosen.choose(bench.effects, DEFAULT_PRUNING))
-            finally:
-                chosen.WORTH_A_NARROW_BOUND = kept
-
-        yield Line(f"narrow if worth {worth:g}", by_worth)
     for share in (0.99, 0.999, 0.9999, 1.0):
 
         def by_output(share: float = share) -> Row:
@@ -383,7 +375,7 @@ def main() -> None:
     )
     parser.add_argument("--only", action="append", help="rows whose name is like this, as of files")
     parser.add_argument("--against", type=float, help="perplexity in float")
-    parser.add_argument("--shares", default="0,0.25,0.5,0.6,0.75,0.85,0.9,1")
+    parser.add_argument("--shares", default="0,0.25,0.35,0.5,0.6,0.75,0.85,0.9,1")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     bench = Bench(given)

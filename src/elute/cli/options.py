@@ -129,7 +129,7 @@ npu_options = _all(
         type=click.FloatRange(0, 1),
         metavar="SHARE",
         help="With --npu, add no outliers back at this share of the inputs, 0 to 1.  "
-        "[default: 0.6]",
+        "[default: 0.35]",
     ),
     click.option(
         "--npu-chunk",
