@@ -370,7 +370,7 @@ def load(
               fails where that device does not work, else prompts stay on the CPU, and a line says
               why. Answers change a little; the first use measures the model; see docs/npu.md
     npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
-              docs/npu.md says why 0.6 when None
+              docs/npu.md says why 0.35 when None
     npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
     progress  called with (stage, done, total)
 

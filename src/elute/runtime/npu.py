@@ -28,7 +28,7 @@ from elute.types import PackedMatrix
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRUNING = 0.6  # docs/npu.md has the table that says so
+DEFAULT_PRUNING = 0.35  # docs/npu.md has the table that says so
 _TRIALS = 3
 _NO_SITES = "the model has no linear layers outside of experts"
 
