@@ -45,8 +45,7 @@ def choose(effects: Mapping[str, Mapping[Choice, float]], pruned: float) -> dict
 
     Raises ShapeError for a share outside 0..1.
     """
-    if not 0 <= pruned <= 1:
-        raise ShapeError(f"pruning: found {pruned}, wanted 0 to 1")
+    check_pruned(pruned)
     plain = {name: min(PLAIN, key=of.__getitem__) for name, of in effects.items()}
     shadowed = {name: min(SHADOWED, key=of.__getitem__) for name, of in effects.items()}
     gains = {name: of[plain[name]] - of[shadowed[name]] for name, of in effects.items()}
@@ -57,6 +56,12 @@ def choose(effects: Mapping[str, Mapping[Choice, float]], pruned: float) -> dict
     return {
         name: plain[name] if name in without else _shadow(of, worth) for name, of in effects.items()
     }
+
+
+def check_pruned(share: float) -> None:
+    """Raises ShapeError outside 0..1."""
+    if not 0 <= share <= 1:
+        raise ShapeError(f"pruning: found {share}, wanted 0 to 1")
 
 
 def _shadow(effects: Mapping[Choice, float], worth: float) -> Choice:
