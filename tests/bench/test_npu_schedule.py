@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from elute.bench.npu_schedule import NAMED, Measured, outcomes, repeated
+from elute.bench.npu_schedule import NAMED, Measured, outcomes, repeated, typical
 from elute.npu.schedule import Kind, Stage, Worker, tasks
 
 STAGES = [
@@ -50,3 +50,7 @@ def test_a_text_is_repeated_to_a_number_of_tokens() -> None:
     assert repeated([3, 1, 4], 5).tolist() == [3, 1, 4, 3, 1]
     assert repeated([3, 1, 4], 2).tolist() == [3, 1]
     assert repeated([3, 1, 4], 2).dtype == np.int32
+
+
+def test_products_of_one_shape_take_what_is_typical_of_it() -> None:
+    assert typical([1.0, 9.0, 3.0, 5.0, 2.0], "abaab") == (3.0, 5.5, 3.0, 3.0, 5.5)

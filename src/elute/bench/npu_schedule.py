@@ -5,8 +5,9 @@ The NPU may be imagined: its products then take what this CPU's int8 kernels tak
 
 from __future__ import annotations
 
+import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -104,13 +105,14 @@ def measure(
                     seen.setdefault(task, []).append(taken)
     sites = [linear.site for linear in prompts.linears]
     kernels = kernel_seconds(prompts.host, sites, tokens[: prompts.chunk], repeats=repeats)
+    shapes = [tuple(p.shape for p in linear.graph.products) for linear in prompts.linears]
     if progress is not None:
         progress(repeats + 1, repeats + 1)
     assert prompts.last is not None
     return Measured(
         prompts.last.graph,
         {task: min(all_) for task, all_ in seen.items()},
-        tuple(kernels),
+        typical(kernels, shapes),
     )
 
 
@@ -129,6 +131,14 @@ def kernel_seconds(
                     seen[i].append(time.perf_counter() - began)
         segments.cached(0)
     return [max(min(a[1:]) - min(b[1:]), 0.0) for a, b in zip(whole, without, strict=True)]
+
+
+def typical(seconds: Sequence[float], kinds: Sequence[Hashable]) -> tuple[float, ...]:
+    """Each replaced by the median of its kind: differences of short times are noisy."""
+    of_kind: dict[Hashable, list[float]] = {}
+    for taken, kind in zip(seconds, kinds, strict=True):
+        of_kind.setdefault(kind, []).append(taken)
+    return tuple(statistics.median(of_kind[kind]) for kind in kinds)
 
 
 def outcomes(graph: Graph, times: dict[Task, float], *, crossing_s: float) -> list[Outcome]:
