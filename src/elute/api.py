@@ -7,6 +7,7 @@ import logging
 import operator
 import reprlib
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -23,6 +24,8 @@ from elute.runtime.session import Executor
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
     from elute.formats.packed import PackedModel
+    from elute.npu.calibrate import SiteStatistics
+    from elute.npu.offline import Compiled
     from elute.npu.prompts import PromptExecutor
     from elute.quantize.recipe import Recipe
     from elute.runtime.executor import Executor as NativeExecutor
@@ -367,7 +370,7 @@ def load(
               fails where that device does not work, else prompts stay on the CPU, and a line says
               why. Answers change a little; the first use measures the model; see docs/npu.md
     npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
-              docs/npu.md says why 0.75 when None
+              docs/npu.md says why 0.35 when None
     npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
     progress  called with (stage, done, total)
 
@@ -505,6 +508,7 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
+        close=lambda: None if prompts is None else prompts.close(),
     )
 
 
@@ -591,6 +595,113 @@ def calibrate(
         scores = calibration.calibrate(executor, ops, found, tokens, progress=progress)
     calibration.save(packed, scores)
     return calibration.calibration_file(packed), scores
+
+
+def calibrate_npu(
+    model: str | Path = "default",
+    *,
+    text: str | None = None,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Path, dict[str, SiteStatistics]]:
+    """Measures a model for `load`'s npu, on a text or a small one of elute's own, and keeps the
+    result with it in place of an earlier one. -> where, and what was measured by site.
+
+    Other arguments and errors as in `load`; ShapeError for a text that is too short.
+    """
+    from elute.runtime import npu
+
+    with _for_npu(
+        model, text, bits, recipe, threads=threads, cache_dir=cache_dir, progress=progress
+    ) as (packed, executor, tokens):
+        found = npu.measured_for_npu(packed, executor, tokens, again=True, progress=progress)
+        return npu.npu_calibration_file(packed), found
+
+
+def compile_npu(
+    model: str | Path = "default",
+    *,
+    soc: str,
+    npu_pruning: float | None = None,
+    npu_chunk: int | None = None,
+    out: str | Path | None = None,
+    bits: int | None = None,
+    recipe: Recipe | str | Path | None = None,
+    threads: int | None = None,
+    cache_dir: str | Path | None = None,
+    progress: Callable[[str, int, int], None] | None = None,
+) -> tuple[Path, Path, Compiled]:
+    """Compiles a model's graphs for a chip that this machine need not have.
+
+    soc  a name of npu.soc.SOCS
+    out  where they go, a folder a chip; the cache's own when None, where `load` with
+         npu="qnn:SOC" looks
+
+    -> the packed folder, the calibration in it, what was compiled. Other arguments as in `load`;
+    UnsupportedError for another chip, DeviceError without onnxruntime-qnn.
+    """
+    from elute.formats.sources import cache_dir as default_cache
+    from elute.npu.ort import qnn_device
+    from elute.npu.soc import soc_named
+    from elute.runtime import npu
+    from elute.runtime.executor import CHUNK
+
+    chip = soc_named(soc)
+    qnn_device()  # before the model is fetched and measured
+    folder = (Path(cache_dir) if cache_dir else default_cache()) / "npu"
+    with _for_npu(
+        model, None, bits, recipe, threads=threads, cache_dir=cache_dir, progress=progress
+    ) as (packed, executor, tokens):
+        compiled = npu.compiled_for(
+            executor,
+            packed,
+            chip,
+            tokens,
+            pruning=npu.DEFAULT_PRUNING if npu_pruning is None else npu_pruning,
+            chunk=CHUNK if npu_chunk is None else npu_chunk,
+            folder=folder if out is None else Path(out),
+            progress=progress,
+        )
+        return packed.path, npu.npu_calibration_file(packed), compiled
+
+
+@contextmanager
+def _for_npu(
+    model: str | Path,
+    text: str | None,
+    bits: int | None,
+    recipe: Recipe | str | Path | None,
+    *,
+    threads: int | None,
+    cache_dir: str | Path | None,
+    progress: Callable[[str, int, int], None] | None,
+) -> Generator[tuple[PackedModel, NativeExecutor, Callable[[], list[int]]]]:
+    """A packed model, its executor for one window, and the tokens of the text."""
+    from elute.model.families import op_list
+    from elute.npu.calibrate import WINDOW
+    from elute.runtime import calibration
+    from elute.runtime.executor import Executor as NativeExecutor
+    from elute.runtime.store import open_packed
+
+    folder = None if cache_dir is None else Path(cache_dir)
+    packed = open_packed(str(model), bits=bits, recipe=recipe, cache_dir=folder, progress=progress)
+    with load(
+        packed.path,
+        context=min(op_list(packed.config).context, WINDOW),
+        threads=threads,
+        cache_dir=cache_dir,
+        progress=progress,
+    ) as loaded:
+        executor = loaded.executor
+        assert isinstance(executor, NativeExecutor)
+
+        def tokens() -> list[int]:
+            return loaded.text_tokens(calibration.own_text() if text is None else text)[0]
+
+        yield packed, executor, tokens
 
 
 def _stage(

@@ -116,3 +116,20 @@ def test_chips_are_known_by_name_and_by_part() -> None:
         "--soc: found 888, wanted one of 8-gen-2 (SM8550), 8-gen-3 (SM8650), 8-elite (SM8750), "
         "8-elite-gen-5 (SM8850), x-elite (SC8380XP)"
     )
+
+
+def test_a_chip_behind_qnn_is_the_one_to_compile_for(monkeypatch) -> None:
+    surveyed(monkeypatch, EMULATED, MISSING, SIM)
+    opened = []
+    monkeypatch.setattr(ort, "Ort", lambda name, **given: opened.append((name, given["soc"])))
+    for name, soc in (("qnn", None), ("require:qnn:SM8750", SOCS["8-elite"])):
+        choice = find.choose(name)
+        assert choice.open is not None
+        choice.open()
+        assert opened.pop() == ("qnn", soc)
+    for name, message in (
+        ("qnn:888", "--soc: found 888, wanted one of 8-gen-2"),
+        ("sim:8-elite", "--npu: found sim:8-elite, wanted one of auto"),
+    ):
+        with pytest.raises(UnsupportedError, match=message):
+            find.choose(name)

@@ -93,6 +93,24 @@ def test_no_way_of_running_changes_a_bit(family: str, columns: bool, profile: st
         assert np.array_equal(made.prompt(tokens, 0), want[-1:]), told
 
 
+def test_a_rule_that_is_chosen_from_measured_times_changes_no_bit(monkeypatch) -> None:
+    searched = []
+
+    def slowest(graph, times, **given):
+        searched.append(graph.n_chunks)
+        return InOrder()
+
+    monkeypatch.setattr("elute.npu.prompts.quickest", slowest)
+    model = tiny("llama", False)
+    tokens = some_tokens(60, model.ops.vocabulary)
+    want = plain(model).prompt(tokens, 0, all_logits=True)
+    made = prompts(model, chunk=16, n_threads=2)
+    for _ in range(3):
+        assert np.array_equal(made.prompt(tokens, 0, all_logits=True), want)
+        made.prompt(tokens[:16], 0)
+    assert searched == [4]  # not before anything was measured, not for one chunk, and once
+
+
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_no_policy_changes_a_bit(policy: Policy) -> None:
     model = tiny("qwen2")

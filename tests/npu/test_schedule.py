@@ -14,6 +14,7 @@ from elute.model.families import op_list
 from elute.model.ops import Attention, Linear
 from elute.npu.policies import (
     NEAR,
+    Alone,
     CriticalPath,
     FeedNpu,
     InOrder,
@@ -38,6 +39,7 @@ from elute.npu.schedule import (
 )
 
 POLICIES: list[Policy] = [
+    Alone(),
     InOrder(),
     Pairs(),
     Pairs(skew=4),
@@ -270,3 +272,11 @@ def test_time_line_shows_chunks_and_idle_time() -> None:
         "npu |  0000  | 2000.0 ms busy, 2000.0 idle",
         "4000.0 ms, at least 4000.0; NPU busy 50.0%, bubbles 0.00%",
     ]
+
+
+@given(graphs())
+def test_alone_nothing_runs_beside_anything(
+    case: tuple[list[Stage], Graph, dict[Task, float]],
+) -> None:
+    _, graph, times = case
+    assert simulate(graph, times, Alone()).makespan_s == sum(times.values())

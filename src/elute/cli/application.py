@@ -22,6 +22,7 @@ VERBS = {
     "verify": "Check every byte of a packed model.",
     "plan": "Show what a budget of memory would give.",
     "calibrate": "Measure a model for --sparsity.",
+    "npu": "Prepare a model for NPUs.",
     "eval": "Measure the perplexity of a model on a text.",
     "bench": "Measure the speed of a model or of the kernels.",
     "doctor": "Show what elute finds on this machine.",

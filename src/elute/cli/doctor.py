@@ -18,9 +18,10 @@ LIBRARIES = ("numpy", "tokenizers", "safetensors", "gguf", "huggingface_hub", "j
 @click.command("doctor")
 @options.as_json
 def command(as_json: bool) -> int:
-    """Show CPU, memory, cache and versions, and test the kernels of every instruction set.
+    """Show CPU, memory, cache, NPUs and versions, and test the kernels of every instruction set.
 
-    Exits with 1 when a kernel is wrong or the native module does not load.
+    Of NPUs: what the system has, what --npu could use, and why not. Exits with 1 when a kernel is
+    wrong or the native module does not load.
     """
     from elute.cli.screen import answer_json
 
@@ -56,6 +57,7 @@ def examine() -> dict[str, Any]:
         "cache_bytes": _size(cache),
         "disk_free_bytes": shutil.disk_usage(_existing(cache)).free,
         "disk": _disk(_existing(cache)),
+        "npu": _npu(),
         "libraries": {name: _version(name) for name in LIBRARIES},
         **kernels,
         "ok": kernels["native_error"] is None and all(kernels["kernel_test"].values()),
@@ -70,6 +72,22 @@ def _disk(path: Path) -> dict[str, Any] | None:
         return None
     known = disk.known(path)
     return None if known is None else asdict(known)
+
+
+def _npu() -> dict[str, Any]:
+    """What the system has, what could use it, and which of that --npu auto would try."""
+    try:
+        from elute.npu import find
+        from elute.npu.hardware import npus
+    except ImportError:  # of the native module, which _kernels tells of
+        return {"hardware": [], "devices": [], "auto": None}
+    surveyed = find.survey()
+    taken = find.taken_by_auto(surveyed)
+    return {
+        "hardware": [{"name": name, "device": device} for name, device in npus()],
+        "devices": [asdict(each) for each in surveyed],
+        "auto": None if taken is None else taken.name,
+    }
 
 
 def _kernels() -> dict[str, Any]:
@@ -116,6 +134,23 @@ def _disk_line(disk: dict[str, Any] | None) -> str:
     )
 
 
+def _npu_lines(npu: dict[str, Any]) -> list[str]:
+    """What there is, then a line for each device."""
+    named = [
+        f"{each['name']} ({each['device'] or 'nothing in elute uses it'})"
+        for each in npu["hardware"]
+    ]
+    auto = npu["auto"]
+    would = "leaves prompts to this CPU" if auto is None else f"tries {auto}"
+    return [
+        f"{', '.join(named) or 'the system shows none'}; --npu auto {would}",
+        *(
+            f"{each['name']:<9} {each['version'] or 'missing':<10} {each['why']}"
+            for each in npu["devices"]
+        ),
+    ]
+
+
 def _version(package: str) -> str | None:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -141,6 +176,7 @@ def _page(found: dict[str, Any]) -> str:
     tests = ", ".join(
         f"{isa} {'right' if right else 'WRONG'}" for isa, right in found["kernel_test"].items()
     )
+    first_npu_line, *npu_lines = _npu_lines(found["npu"])
     lines = [
         ("elute", f"{found['elute']}, Python {found['python']}, {found['system']}"),
         ("cpu", found["cpu"]),
@@ -159,6 +195,8 @@ def _page(found: dict[str, Any]) -> str:
         ("disk", _disk_line(found["disk"])),
         ("kernels", f"{tests or 'none'}; chosen: {found['isa']}"),
         *(("", line) for line in (kernel_lines(found) if found["kernels"] else [])),
+        ("npu", first_npu_line),
+        *(("", line) for line in npu_lines),
         ("libraries", ", ".join(f"{n} {v or 'MISSING'}" for n, v in found["libraries"].items())),
         ("verdict", "ready" if found["ok"] else f"not ready: {found['native_error'] or tests}"),
     ]

@@ -116,27 +116,31 @@ sparsity = click.option(
     "it. Answers get worse; the first use measures the model, as calibrate does.  [default: 0]",
 )
 
+npu_pruning = click.option(
+    "--npu-pruning",
+    type=click.FloatRange(0, 1),
+    metavar="SHARE",
+    help="Of the NPU: add no outliers back at this share of the inputs, 0 to 1.  [default: 0.35]",
+)
+
+npu_chunk = click.option(
+    "--npu-chunk",
+    type=click.IntRange(1, 256),
+    metavar="N",
+    help="Of the NPU: tokens of a prompt that are multiplied at a time.  [default: 256]",
+)
+
 npu_options = _all(
     click.option(
         "--npu",
         default="off",
         metavar="DEVICE",
-        help="What multiplies prompts, in int8: qnn, openvino, cpu, sim, auto or off; require:NAME "
-        "fails where that device does not work; see doctor and docs/npu.md.  [default: off]",
+        help="What multiplies prompts, in int8: qnn, qnn:CHIP, openvino, cpu, sim, auto or off; "
+        "require:DEVICE fails where that does not work; see doctor and docs/npu.md.  "
+        "[default: off]",
     ),
-    click.option(
-        "--npu-pruning",
-        type=click.FloatRange(0, 1),
-        metavar="SHARE",
-        help="With --npu, add no outliers back at this share of the inputs, 0 to 1.  "
-        "[default: 0.75]",
-    ),
-    click.option(
-        "--npu-chunk",
-        type=click.IntRange(1, 256),
-        metavar="N",
-        help="With --npu, tokens of a prompt that are multiplied at a time.  [default: 256]",
-    ),
+    npu_pruning,
+    npu_chunk,
 )
 
 load_options = _all(

@@ -36,7 +36,7 @@ class Artefacts:
 
     def __init__(self, folder: Path, *, target: str, maker: Mapping[str, str]) -> None:
         self._folder, self._target = folder, target
-        self._maker = {**maker, "form": str(FORM)}
+        self.maker = {**maker, "form": str(FORM)}
         self._stale: Counter[str] = Counter()
 
     def find(self, graph: Graph) -> Path | None:
@@ -66,8 +66,8 @@ class Artefacts:
             return f"found {told['format']} {told['version']}, wanted {FORMAT} {VERSION}"
         if told["graph"] != checks.digest(graph) or told["target"] != self._target:
             return "found the name of another graph"
-        if told["maker"] != self._maker:
-            return f"found those of {_words(told['maker'])}, wanted {_words(self._maker)}"
+        if told["maker"] != self.maker:
+            return f"found those of {_words(told['maker'])}, wanted {_words(self.maker)}"
         files: dict[str, str] = told["files"]
         for name, digest in files.items():
             if Path(name).name != name:
@@ -108,7 +108,7 @@ class Artefacts:
                 "name": graph.name,
                 "graph": checks.digest(graph),
                 "target": self._target,
-                "maker": self._maker,
+                "maker": self.maker,
                 "files": files,
             }
             (partial / ABOUT).write_text(json.dumps(about, indent=1))

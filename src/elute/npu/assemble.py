@@ -36,13 +36,42 @@ def assemble(
     hot_share: float = HOT_SHARE,
     progress: Progress | None = None,
 ) -> list[StaticLinear]:
-    """Loads the device. Raises as Device.load does, FormatError for weights that are not finite.
+    """static_linears of a device, and loads it. Raises as both do."""
+    linears = static_linears(
+        sites,
+        matrices,
+        statistics,
+        choices,
+        device.profile,
+        chunk=chunk,
+        identity=identity,
+        isa=isa,
+        per_channel=per_channel,
+        hot_share=hot_share,
+    )
+    device.load([linear.graph for linear in linears], progress=progress)
+    return linears
+
+
+def static_linears(
+    sites: Sequence[Site],
+    matrices: Matrices,
+    statistics: Mapping[str, SiteStatistics],
+    choices: Mapping[str, Choice],
+    profile: Profile,
+    *,
+    chunk: int,
+    identity: str,
+    isa: str,
+    per_channel: bool = True,
+    hot_share: float = HOT_SHARE,
+) -> list[StaticLinear]:
+    """Of all sites, for devices of a profile. Raises FormatError for weights that are not finite.
 
     choices    of each site; see choices.choose
     identity   of the weights: part of what the products' digests are made of
     hot_share  the bytes of weight rows that stay in memory, of those of all int8 weights
     """
-    profile = device.profile
     scaled = {
         site.name: [
             weight_scales(peaks, per_channel=per_channel and profile.per_channel)
@@ -68,7 +97,6 @@ def assemble(
         linears.append(
             StaticLinear(site, graph, profile.outputs, rows, shadow=choice.shadow, isa=isa)
         )
-    device.load([linear.graph for linear in linears], progress=progress)
     return linears
 
 

@@ -29,6 +29,9 @@ WINDOW = 256  # tokens of a pass: one chunk, from an empty cache
 MOST_WINDOWS = 16
 MIN_TOKENS = 128
 _SCORED = 64  # predictions at the end of a window that are compared
+# Effects take some five forwards a site: of a window of a small model, of less where that is long.
+_LARGE = 1 << 30  # weights
+_LARGE_TOKENS = 96
 _COARSE = Q_MAX / 16  # steps up to the bound of a rounding that stands out of the noise
 _LEAST = 1e-30
 OUTPUT_SHARE = 0.999  # of an output's values that int8 holds; those beyond are computed again
@@ -77,7 +80,12 @@ def calibrate(
     }
     outliers = _outliers(host, windows, bounds, progress)
     statistics = {}
-    probe = windows[0]
+    n_weights = sum(
+        inputs[site.name].channels.size * outputs[name].channels.size
+        for site in host.sites
+        for name in site.weights
+    )
+    probe = windows[0] if n_weights < _LARGE else windows[0][:_LARGE_TOKENS]
     dense = _dense(host, probe)
     for i, site in enumerate(host.sites):
         if progress is not None:
@@ -92,7 +100,6 @@ def calibrate(
             tuple(np.abs(w).max(axis=1) for w in made),
             effects,
         )
-    host.forward(probe[:1], 0)
     return statistics
 
 

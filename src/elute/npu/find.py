@@ -7,13 +7,13 @@ NPU is also faster than this CPU is measured by who asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from elute.errors import NOTE, DeviceError, UnsupportedError
 from elute.npu.device import Device
-from elute.npu.soc import Soc
+from elute.npu.soc import Soc, soc_named
 
 log = logging.getLogger(__name__)
 
@@ -52,27 +52,33 @@ def survey() -> list[Found]:
     return [_qnn(), _openvino(), _cpu(), _sim()]
 
 
-def choose(name: str, *, folder: Path | None = None, soc: Soc | None = None) -> Choice:
+def taken_by_auto(found: Sequence[Found]) -> Found | None:
+    """Of a survey: what is a real NPU and works."""
+    return next((each for each in found if each.present and not each.emulated), None)
+
+
+def choose(name: str, *, folder: Path | None = None) -> Choice:
     """What `--npu name` means here.
 
     name    one of NAMES, or "require:" before one: then a missing device fails, else it leaves
-            prompts to the CPU
+            prompts to the CPU. "qnn:CHIP" takes and compiles graphs for a chip of soc.SOCS, which
+            on x86 is emulated; without, for the one that is there
     folder  where compiled graphs are kept
-    soc     the chip that QNN's graphs are compiled for, where it is not the one that is there
 
     Raises UnsupportedError for another name, DeviceError where what is required is missing.
     """
     required = name.startswith(REQUIRE)
-    wanted = name.removeprefix(REQUIRE)
-    if wanted not in NAMES or name == f"{REQUIRE}off":
+    wanted, _, chip = name.removeprefix(REQUIRE).partition(":")
+    if wanted not in NAMES or name == f"{REQUIRE}off" or (chip and wanted != "qnn"):
         raise UnsupportedError(
             f"--npu: found {name}, wanted one of {', '.join(NAMES)}, or {REQUIRE} before a device"
         )
+    soc = soc_named(chip) if chip else None
     if wanted == "off":
         return Choice(None, None, "--npu off")
     found = survey()
     if wanted == "auto":
-        taken = next((each for each in found if each.present and not each.emulated), None)
+        taken = taken_by_auto(found)
         missing = "; ".join(each.why for each in found if each.name in ("qnn", "openvino"))
         why = f"no NPU here ({missing})" if taken is None else taken.why
     else:
@@ -156,7 +162,7 @@ def _onnx() -> None:
     """Raises DeviceError where graphs cannot be written."""
     try:
         import onnx  # noqa: F401
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
             f"npu: the package onnx does not load ({error}); pip install 'elute[npu]'"
         ) from None

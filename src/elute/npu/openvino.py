@@ -29,11 +29,12 @@ def core() -> Any:
     """openvino.Core. Raises DeviceError, saying what to install."""
     try:
         import openvino
-    except ImportError as error:
+
+        return openvino.Core()
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
-            f"npu openvino: openvino does not load ({error}); pip install 'elute[npu]'"
+            f"npu openvino: openvino does not load ({_line(error)}); pip install 'elute[npu]'"
         ) from None
-    return openvino.Core()
 
 
 def targets() -> list[str]:

@@ -13,7 +13,7 @@ import os
 import platform
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import metadata
 from pathlib import Path
 from typing import Any, Literal
@@ -58,9 +58,11 @@ def runtime() -> Any:
     """The module onnxruntime. Raises DeviceError, saying what to install."""
     try:
         import onnxruntime
-    except ImportError as error:
+
+        onnxruntime.InferenceSession  # noqa: B018 (where its library fails, the module may be empty)
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
-            f"npu: onnxruntime does not load ({error}); pip install 'elute[npu]'"
+            f"npu: onnxruntime does not load ({_line(error)}); pip install 'elute[npu]'"
         ) from None
     return onnxruntime
 
@@ -74,9 +76,9 @@ def qnn_device() -> tuple[Any, str]:
     ort = runtime()
     try:
         import onnxruntime_qnn as qnn
-    except ImportError as error:
+    except Exception as error:  # a broken installation raises anything
         raise DeviceError(
-            f"npu qnn: onnxruntime-qnn does not load ({error}); pip install 'elute[npu]'"
+            f"npu qnn: onnxruntime-qnn does not load ({_line(error)}); pip install 'elute[npu]'"
         ) from None
     try:
         ort.register_execution_provider_library(qnn.EP_NAME, qnn.get_library_path())
@@ -253,7 +255,7 @@ def open_session(
     else:
         listed = [PROVIDER_NAMES[provider]]
     try:
-        with _told_on_stderr():
+        with _stdout_aside():
             session = runtime().InferenceSession(
                 model, options, providers=listed, enable_fallback=0
             )
@@ -271,16 +273,16 @@ def open_session(
 
 
 @contextmanager
-def _told_on_stderr() -> Iterator[None]:
-    """What libraries print meanwhile does not get among answers: the emulator of onnxruntime-qnn
-    writes a line about LIBNATIVE to standard output when it is first used (2.7.0, x86)."""
+def _stdout_aside() -> Iterator[None]:
+    """Qualcomm's libraries greet on stdout, where answers go: sends that to stderr instead."""
     try:
         kept = os.dup(1)
-        os.dup2(2, 1)
-    except OSError:  # one of them is closed
+    except OSError:  # closed
         yield
         return
     try:
+        with suppress(OSError):
+            os.dup2(2, 1)
         yield
     finally:
         os.dup2(kept, 1)

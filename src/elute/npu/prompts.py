@@ -9,7 +9,8 @@ Source: llm.npu (arXiv 2407.05858), sections 3.2 and 3.4.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -18,13 +19,15 @@ from elute.errors import ShapeError
 from elute.npu import checks, schedule
 from elute.npu.device import Device
 from elute.npu.linear import Counts, Pending, StaticLinear
-from elute.npu.policies import CriticalPath
+from elute.npu.policies import CriticalPath, quickest
 from elute.npu.run import run
-from elute.npu.schedule import Kind, Policy, Schedule, Stage, Task, Worker
+from elute.npu.schedule import Graph, Kind, Policy, Schedule, Stage, Task, Times, Worker
 from elute.npu.sites import Host, Segments
 from elute.types import F32, I32
 
 IN_FLIGHT = 4  # chunks under way: registers of 256 rows each
+# Of the bound: mostly one of the first rules is, and trying all takes 40 ms (2 chunks) to 300 (8).
+NEAR_ENOUGH = 1.01
 
 
 @dataclass(frozen=True)
@@ -45,7 +48,8 @@ class PromptExecutor:
 
     linears  of the host's sites, in their order; the host makes the other products itself
     chunk    tokens a graph of the device has
-    policy   when what runs; changes no bit
+    policy   when what runs; changes no bit. None: from the second prompt on, that which is quickest
+             in simulation
     """
 
     def __init__(
@@ -69,7 +73,8 @@ class PromptExecutor:
         self.prompt_tokens = chunk * 2 * in_flight  # what a session should hand over at a time
         self.last: Schedule | None = None  # of the prompt before
         self._device = device
-        self._policy = CriticalPath() if policy is None else policy
+        self._policy = policy
+        self._rules: dict[int, Policy] = {}  # by number of chunks
         self._in_flight = in_flight
         self._stages = _stages(self.linears)
         self._seconds = _guess(self.linears)
@@ -88,15 +93,33 @@ class PromptExecutor:
             self._stages, len(chunks), in_flight=min(self._in_flight, len(chunks))
         )
         sites = [linear.site for linear in self.linears]
-        with self.host.cut(sites, len(chunks)) as segments:
+        with self.host.cut(sites, graph.in_flight) as segments:
             segments.cached(position)  # an interrupted prompt leaves no mixture
-            work = _Work(self.linears, self._device, segments, chunks, all_logits)
+            work = _Work(self.linears, self._device, segments, chunks, graph.in_flight, all_logits)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
-            self.last = run(graph, self._policy, times, work)
+            self.last = run(graph, self._rule(graph, times), times, work)
             segments.cached(position + tokens.size)
         self._remember()
         self._tokens += tokens.size
         return np.concatenate(work.logits) if len(work.logits) > 1 else work.logits[0]
+
+    @property
+    def device(self) -> str:
+        """The name of what it is."""
+        return self._device.profile.name
+
+    @contextmanager
+    def scheduled(self, policy: Policy) -> Generator[None]:
+        """Prompts meanwhile go by this policy."""
+        before, self._policy = self._policy, policy
+        try:
+            yield
+        finally:
+            self._policy = before
+
+    def close(self) -> None:
+        """Gives the device back; `forward` still works."""
+        self._device.close()
 
     def figures(self) -> Figures:
         counts = Counts()
@@ -108,6 +131,15 @@ class PromptExecutor:
         wanted = sum(linear.rows.wanted for linear in self.linears)
         found = sum(linear.rows.found for linear in self.linears)
         return Figures(self._tokens, counts, wanted, found)
+
+    def _rule(self, graph: Graph, times: Times) -> Policy:
+        if self._policy is not None:
+            return self._policy
+        if self.last is None or graph.n_chunks == 1:  # nothing is known, or there is no choice
+            return CriticalPath()
+        if graph.n_chunks not in self._rules:
+            self._rules[graph.n_chunks] = quickest(graph, times, near=NEAR_ENOUGH)
+        return self._rules[graph.n_chunks]
 
     def _remember(self) -> None:
         """How long stages take, for the next prompt's order."""
@@ -127,6 +159,7 @@ class _Work:
         device: Device,
         segments: Segments,
         chunks: Sequence[tuple[I32, int]],
+        in_flight: int,
         all_logits: bool,
     ) -> None:
         self._linears = linears
@@ -136,6 +169,9 @@ class _Work:
         self._all_logits = all_logits
         self._pending: list[Pending | None] = [None] * len(chunks)
         self._logits: dict[int, F32] = {}
+        # Registers of a chunk from its first float stage to its last; those are of one thread.
+        self._free = list(range(in_flight))
+        self._place: dict[int, int] = {}
 
     @property
     def logits(self) -> list[F32]:
@@ -160,9 +196,12 @@ class _Work:
         """From the product before `site` to its input."""
         tokens, position = self._chunks[chunk]
         pending = self._pending[chunk]
+        if site == 0:
+            self._place[chunk] = self._free.pop()
+        place = self._place[chunk]
         if pending is not None:
             before = self._linears[site - 1]
-            registers = [self._segments.register(o, chunk=chunk) for o in before.site.outputs]
+            registers = [self._segments.register(o, chunk=place) for o in before.site.outputs]
             before.finish(pending, registers)
             self._pending[chunk] = None
         last = site == len(self._linears)
@@ -170,15 +209,17 @@ class _Work:
             site,
             tokens,
             position,
-            chunk=chunk,
+            chunk=place,
             all_logits=self._all_logits,
             want_logits=last and (self._all_logits or chunk == len(self._chunks) - 1),
         )
         if logits is not None:
             self._logits[chunk] = logits
-        if not last:
+        if last:
+            self._free.append(self._place.pop(chunk))
+        else:
             linear = self._linears[site]
-            x = self._segments.register(linear.site.input, chunk=chunk)[: tokens.size]
+            x = self._segments.register(linear.site.input, chunk=place)[: tokens.size]
             self._pending[chunk] = linear.split(x)
 
 

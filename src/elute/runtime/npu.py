@@ -14,11 +14,14 @@ from elute.errors import NOTE, DeviceError, ShapeError, UnsupportedError
 from elute.formats.packed import PackedModel
 from elute.model.families import op_list
 from elute.npu import find, saved
-from elute.npu.assemble import HOT_SHARE, assemble
+from elute.npu.assemble import HOT_SHARE, assemble, static_linears
 from elute.npu.calibrate import WINDOW, SiteStatistics, calibrate
 from elute.npu.choices import check_pruned, choose
 from elute.npu.device import Device, Progress
+from elute.npu.offline import Compiled, compile_for
+from elute.npu.ort import PROFILES
 from elute.npu.prompts import PromptExecutor
+from elute.npu.soc import Soc
 from elute.pack.reorder import dequantized
 from elute.runtime.calibration import calibration_file, fingerprint
 from elute.runtime.executor import CHUNK, Executor
@@ -26,8 +29,9 @@ from elute.types import PackedMatrix
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRUNING = 0.75  # docs/npu.md has the table that says so
+DEFAULT_PRUNING = 0.35  # docs/npu.md has the table that says so
 _TRIALS = 3
+_NO_SITES = "the model has no linear layers outside of experts"
 
 
 def measured_for_npu(
@@ -35,15 +39,17 @@ def measured_for_npu(
     executor: Executor,
     tokens: Callable[[], Sequence[int]],
     *,
+    again: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, SiteStatistics]:
-    """The calibration that is kept with the model; made where there is none, and kept unless the
-    context is too short for it."""
-    path = calibration_file(packed).with_name(saved.FILE)
+    """The calibration that is kept with the model; made where there is none, or again, and kept
+    unless the context is too short for it."""
+    path = npu_calibration_file(packed)
     model = fingerprint(packed)
-    found = saved.load(path, executor.sites, model=model)
+    found = None if again else saved.load(path, executor.sites, model=model)
     if found is None:
-        log.log(NOTE, "npu: measuring the model on a text of elute's own, once")
+        if not again:
+            log.log(NOTE, "npu: measuring the model on a text of elute's own, once")
         found = calibrate(
             executor, lambda name: dequantized(packed, name), tokens(), progress=progress
         )
@@ -52,6 +58,57 @@ def measured_for_npu(
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "npu: not kept, since a context of %d is short", executor.context)
     return found
+
+
+def npu_calibration_file(packed: PackedModel) -> Path:
+    """Where the calibration is kept."""
+    return calibration_file(packed).with_name(saved.FILE)
+
+
+def compiled_for(
+    executor: Executor,
+    packed: PackedModel,
+    soc: Soc,
+    tokens: Callable[[], Sequence[int]],
+    *,
+    pruning: float = DEFAULT_PRUNING,
+    chunk: int = CHUNK,
+    folder: Path,
+    progress: Progress | None = None,
+) -> Compiled:
+    """The graphs that with_npu of the same pruning and chunk would ask a chip's device for.
+
+    Raises UnsupportedError for a model without products, DeviceError without the compiler or where
+    the calibration cannot be kept.
+    """
+    _check_chunk(chunk)
+    if not executor.sites:
+        raise UnsupportedError(f"{packed.path}: {_NO_SITES}; there is nothing to compile")
+    statistics = measured_for_npu(packed, executor, tokens, progress=progress)
+    if not npu_calibration_file(packed).is_file():
+        raise DeviceError(
+            f"{packed.path}: cannot keep the calibration, wanted it beside the weights, since "
+            "graphs are found by its scales; make the folder writable"
+        )
+    linears = static_linears(
+        executor.sites,
+        packed.matrix,
+        statistics,
+        choose({name: found.effects for name, found in statistics.items()}, pruning),
+        PROFILES["qnn"],
+        chunk=chunk,
+        identity=fingerprint(packed),
+        isa=executor.isa,
+        hot_share=0.0,
+    )
+    told = {"weights": fingerprint(packed), "chunk": chunk, "pruning": pruning}
+    graphs = [linear.graph for linear in linears]
+    return compile_for(graphs, soc, folder, told=told, progress=progress)
+
+
+def _check_chunk(chunk: int) -> None:
+    if not 1 <= chunk <= CHUNK:
+        raise ShapeError(f"--npu-chunk: found {chunk}, wanted 1 to {CHUNK} tokens")
 
 
 def with_npu(
@@ -81,8 +138,7 @@ def with_npu(
     bounds.
     """
     check_pruned(pruning)
-    if not 1 <= chunk <= CHUNK:
-        raise ShapeError(f"--npu-chunk: found {chunk}, wanted 1 to {CHUNK} tokens")
+    _check_chunk(chunk)
     chosen = find.choose(wanted, folder=folder)
     if chosen.open is None:
         return None
@@ -92,9 +148,7 @@ def with_npu(
         log.log(NOTE, "--npu %s: %s; prompts run on the CPU", wanted, lacking)
         return None
     if not executor.sites:
-        log.log(
-            NOTE, "npu: the model has no linear layers outside of experts; prompts run on the CPU"
-        )
+        log.log(NOTE, "npu: %s; prompts run on the CPU", _NO_SITES)
         return None
     statistics = measured_for_npu(packed, executor, tokens, progress=progress)
     choices = choose({name: found.effects for name, found in statistics.items()}, pruning)
