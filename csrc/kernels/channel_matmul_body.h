@@ -20,8 +20,8 @@ struct ActiveQuads {
 
   void gather(const ChannelMatrix& w, const ActivationsView& x, const uint64_t* active, int block, int segment_quads) {
     const int first = block * kActBlock, columns = smaller(kActBlock, w.k - first), step = segment_quads * kLutWidth;
-    int at = 0;
-    for (int segment = 0, channel = 0; channel < columns; ++segment, channel += step) {
+    int at = 0, segment = 0;
+    for (int channel = 0; channel < columns; ++segment, channel += step) {
       const int end = smaller(channel + step, columns);
       const uint64_t below_end = ~uint64_t{0} >> (kActBlock - end);
       int32_t pairs[2] = {};
@@ -38,6 +38,11 @@ struct ActiveQuads {
       }
       ends[segment] = at / kLutWidth;
       pair_sums[segment] = static_cast<uint32_t>(pairs[0] & 0xffff) | static_cast<uint32_t>(pairs[1]) << 16;
+    }
+    // Those beyond the last channel are empty: the block before asks ahead for as many as it has itself.
+    for (; segment * segment_quads < kBlockQuads; ++segment) {
+      ends[segment] = at / kLutWidth;
+      pair_sums[segment] = 0;
     }
   }
 };
