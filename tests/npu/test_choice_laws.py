@@ -12,7 +12,6 @@ from elute.npu.choices import (
     CHOICES,
     PLAIN,
     SHADOWED,
-    WORTH_A_NARROW_BOUND,
     Choice,
     choose,
 )
@@ -40,7 +39,7 @@ def test_more_pruning_takes_more_shadows_and_puts_none_back(of, shares) -> None:
         assert len(without) == round(share * len(of))
         assert before <= without
         before = without
-        gains = {n: min(e[c] for c in PLAIN) - e[_narrow_or_wide(e)] for n, e in of.items()}
+        gains = {n: min(e[c] for c in PLAIN) - min(e[c] for c in SHADOWED) for n, e in of.items()}
         kept = [gains[n] for n in of if n not in without]
         assert max((gains[n] for n in without), default=-np.inf) <= min(kept, default=np.inf)
         for name, choice in chosen.items():
@@ -48,11 +47,6 @@ def test_more_pruning_takes_more_shadows_and_puts_none_back(of, shares) -> None:
             if name in without:
                 assert of[name][choice] == min(of[name][c] for c in PLAIN)
     assert choose(of, shares[0]) == choose(dict(of), shares[0])
-
-
-def _narrow_or_wide(of: dict[Choice, float]) -> Choice:
-    wide, narrow = SHADOWED
-    return narrow if of[wide] - of[narrow] > WORTH_A_NARROW_BOUND else wide
 
 
 def test_ties_are_taken_in_the_order_of_the_model() -> None:
