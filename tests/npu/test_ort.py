@@ -35,7 +35,7 @@ needs_qnn = pytest.mark.skipif(not has_qnn(), reason="no onnxruntime-qnn that lo
 
 
 def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
-    with ort._told_on_stderr():
+    with ort._stdout_aside():
         os.write(1, b"LIBNATIVE\n")
     os.write(1, b"answer\n")
     assert capfd.readouterr() == ("answer\n", "LIBNATIVE\n")
