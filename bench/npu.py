@@ -2,7 +2,7 @@
 
     python bench/npu.py [MODEL] --text FILE [--windows 40] [--context 512] [--only ROW ...]
                         [--table accuracy|pruning|bounds|noise|time] [--against PERPLEXITY]
-                        [--shares 0,0.25,0.5,0.6,0.75,0.85,0.9,1] [--threads 1]
+                        [--shares 0,0.25,0.35,0.5,0.6,0.75,0.85,0.9,1] [--threads 1]
 
 Perplexities by elute eval's protocol. Every row runs elute's own executor, cut at the products of
 its linear layers, which are made otherwise; attention, norms and head stay. Scales come from a
@@ -23,16 +23,24 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from fnmatch import fnmatch
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from npu_methods import Float, LlmInt8, Method, MethodExecutor, SmoothQuant, Static
+from npu_methods import (
+    Float,
+    LlmInt8,
+    Method,
+    MethodExecutor,
+    RoundedWeights,
+    SmoothQuant,
+    Static,
+)
 
 from elute import _native
 from elute.api import text_tokens
@@ -160,15 +168,17 @@ def held_bytes(prompts: PromptExecutor) -> int:
 
 
 def by_paper(bench: Bench, pruned: float) -> dict[str, Choice]:
-    """choose() with llm.npu's ranking: the largest outlier over the scale."""
-    plain, shadowed = (chosen.choose(bench.effects, share) for share in (1.0, 0.0))
+    """As llm.npu: most important is the largest outlier over the scale of 99.9 % of the values;
+    the others' scales are of the largest value.
+    """
+    shadow, plain = chosen.SHADOWED[0], chosen.PLAIN[0]
     reach = {
-        name: found.input.maximum / shadowed[name].bound(found.input)
+        name: found.input.maximum / shadow.bound(found.input)
         for name, found in bench.statistics.items()
     }
     ranked = sorted(reach, key=lambda name: reach[name])
     without = set(ranked[: round(pruned * len(ranked))])
-    return {name: plain[name] if name in without else shadowed[name] for name in reach}
+    return {name: plain if name in without else shadow for name in reach}
 
 
 @dataclass(frozen=True)
@@ -194,6 +204,10 @@ def accuracy(bench: Bench) -> Iterator[Line]:
     yield Line("float products, elute's head", method(lambda: Float(*common)))
     for per_channel in (True, False):
         of = "per channel" if per_channel else "per tensor"
+        yield Line(
+            f"weights alone, {of}",
+            method(lambda p=per_channel: RoundedWeights(*common, per_channel=p)),
+        )
         yield Line(f"static, largest, {of}", shadows(widest, per_channel=per_channel))
         yield Line(f"all shadows, {of}", shadows(every, per_channel=per_channel))
         yield Line(f"default shadows, {of}", shadows(default, per_channel=per_channel))
@@ -239,17 +253,9 @@ def bounds(bench: Bench) -> Iterator[Line]:
         return {name: bound if c.shadow else c for name, c in default.items()}
 
     for bound in chosen.SHADOWED:
+        every = dict.fromkeys(default, bound)
+        yield Line(f"every site at {bound}", lambda e=every: bench.shadows(e))
         yield Line(f"all shadowed at {bound}", lambda b=bound: bench.shadows(with_bound(b)))
-    for worth in (0.0, 3e-5, 1e-4, 3e-4, 1e-3):
-
-        def by_worth(worth: float = worth) -> Row:
-            kept, chosen.WORTH_A_NARROW_BOUND = chosen.WORTH_A_NARROW_BOUND, worth
-            try:
-                return bench.shadows(chosen.choose(bench.effects, DEFAULT_PRUNING))
-            finally:
-                chosen.WORTH_A_NARROW_BOUND = kept
-
-        yield Line(f"narrow if worth {worth:g}", by_worth)
     for share in (0.99, 0.999, 0.9999, 1.0):
 
         def by_output(share: float = share) -> Row:
@@ -285,7 +291,7 @@ def noise(bench: Bench) -> Iterator[Line]:
 
 
 def times(bench: Bench, tokens: Sequence[int]) -> list[Row]:
-    """One thread each; `tokens` are a chunk's."""
+    """Of one thread each, the least of ROUNDS: other programs only add. `tokens` are a chunk's."""
     isa = bench.host.isa
     products_ms = peak_ms = 0.0
     gops = _native.multiply_gops(isa, 1)
@@ -299,7 +305,7 @@ def times(bench: Bench, tokens: Sequence[int]) -> list[Row]:
                 None if matrix.offsets is None else matrix.offsets[None], n, matrix.bits,
                 matrix.group_size, matrix.zero, str(matrix.affine), ROUNDS, False,
             )  # fmt: skip
-            products_ms += statistics.median(seconds) * 1e3
+            products_ms += min(seconds) * 1e3
             peak_ms += 2e-6 * CHUNK * n * k / gops
     rows = []
     kinds = {
@@ -317,7 +323,7 @@ def times(bench: Bench, tokens: Sequence[int]) -> list[Row]:
 
 
 def chunk_times(bench: Bench, choices: Choices, tokens: I32) -> Row:
-    """Milliseconds of a chunk, over all sites: medians of ROUNDS, summed."""
+    """Milliseconds of a chunk, over all sites: the least of ROUNDS, summed."""
     prompts = bench.prompts(choices)
     pendings = []
     for linear in prompts.linears:
@@ -348,7 +354,7 @@ def chunk_times(bench: Bench, choices: Choices, tokens: I32) -> Row:
                 began = time.perf_counter()
                 call()
                 taken.append(time.perf_counter() - began)
-            sums[name] += statistics.median(taken) * 1e3
+            sums[name] += min(taken) * 1e3
     return {
         **sums,
         "outliers": outliers,
@@ -367,9 +373,9 @@ def main() -> None:
     parser.add_argument(
         "--table", choices=["accuracy", "pruning", "bounds", "noise", "time"], default="accuracy"
     )
-    parser.add_argument("--only", action="append", help="rows whose name has this in it")
+    parser.add_argument("--only", action="append", help="rows whose name is like this, as of files")
     parser.add_argument("--against", type=float, help="perplexity in float")
-    parser.add_argument("--shares", default="0,0.25,0.5,0.6,0.75,0.85,0.9,1")
+    parser.add_argument("--shares", default="0,0.25,0.35,0.5,0.6,0.75,0.85,0.9,1")
     parser.add_argument("--threads", type=int, default=1)
     given = parser.parse_args()
     bench = Bench(given)
@@ -381,7 +387,7 @@ def main() -> None:
             print(row | ratios)
         print(json.dumps({**told, "rows": rows}))
         return
-    only = given.only or [""]
+    only = given.only or ["*"]
     against = given.against
     rows = []
     if against is None:
@@ -391,7 +397,7 @@ def main() -> None:
     print(f"{'':<44}{'perplexity':>11}{'%':>9}{'clipped %':>11}{'seconds':>9}")
     table = {"accuracy": accuracy, "pruning": pruning, "bounds": bounds, "noise": noise}
     for line in table[given.table](bench):
-        if not any(word in line.name for word in only):
+        if not any(fnmatch(line.name, wanted) for wanted in only):
             continue
         row = {"name": line.name, **line.measure()}
         rows.append(row)

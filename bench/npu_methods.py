@@ -64,6 +64,17 @@ class Float(Method):
     """Nothing is rounded."""
 
 
+class RoundedWeights(Method):
+    """Weights are; inputs are not."""
+
+    def __init__(self, sites: Sequence[Site], weights: Weights, *, per_channel: bool) -> None:
+        self._per_channel = per_channel
+        super().__init__(sites, weights)
+
+    def prepared(self, site: Site, weights: list[F32]) -> list[F32]:
+        return [int8_weights(w, per_channel=self._per_channel) for w in weights]
+
+
 class Static(Method):
     """int8 steps of a choice's bound, but nothing is clipped: what the shadows' sums must give."""
 

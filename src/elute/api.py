@@ -370,7 +370,7 @@ def load(
               fails where that device does not work, else prompts stay on the CPU, and a line says
               why. Answers change a little; the first use measures the model; see docs/npu.md
     npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
-              docs/npu.md says why 0.6 when None
+              docs/npu.md says why 0.35 when None
     npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
     progress  called with (stage, done, total)
 
@@ -475,16 +475,8 @@ def load(
             calibration.save(packed, scores)
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "sparsity: not kept, since a context of %d is short", executor.context)
-    if scores is not None:
-        executor.sparsify(thresholds(scores, sparsity), cache_aware=cache_aware)
-    if cache_aware and isinstance(weights, FlashWeights):
-        if weights.plan.staging:
-            told = "what is answered depends on which weights are in memory, so also on --memory"
-        else:
-            told = "all weights are in memory, so it changes nothing"
-        log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     prompts = None
-    if npu != "off":
+    if npu != "off":  # before anything is left out: its calibration is of the whole model
         prompts = _on_npu(
             executor,
             packed,
@@ -498,6 +490,14 @@ def load(
         )
         if prompts is not None and sparsity:
             log.log(NOTE, "sparsity: all weights count for prompts, which the NPU multiplies")
+    if scores is not None:
+        executor.sparsify(thresholds(scores, sparsity), cache_aware=cache_aware)
+    if cache_aware and isinstance(weights, FlashWeights):
+        if weights.plan.staging:
+            told = "what is answered depends on which weights are in memory, so also on --memory"
+        else:
+            told = "all weights are in memory, so it changes nothing"
+        log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     return Model(
         executor if prompts is None else prompts,
         tokenizer,
@@ -535,11 +535,21 @@ def _on_npu(
         weights.matrix,
         npu,
         lambda: text_tokens(tokenizer, calibration.own_text())[0],
+        lacking=_lacking_for_npu(packed, weights),
         pruning=DEFAULT_PRUNING if pruning is None else pruning,
         chunk=CHUNK if chunk is None else chunk,
         folder=(folder or cache_dir()) / "npu",
         progress=progress,
     )
+
+
+def _lacking_for_npu(packed: PackedModel, weights: WeightSource) -> str:
+    """Why a device cannot be given the weights; empty where it can."""
+    if packed.banks:
+        return f"{packed.path}: found weights in channel order, wanted panel order"
+    if isinstance(weights, FlashWeights) and (weights.plan.places or weights.plan.staging):
+        return "memory: found a budget that not all weights fit, wanted one that they do"
+    return ""
 
 
 def calibrate(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import logging
+import os
 from pathlib import Path
 
 import numpy as np
@@ -31,6 +32,13 @@ def has_qnn() -> bool:
 
 
 needs_qnn = pytest.mark.skipif(not has_qnn(), reason="no onnxruntime-qnn that loads")
+
+
+def test_what_libraries_print_is_no_answer(capfd: pytest.CaptureFixture[str]) -> None:
+    with ort._told_on_stderr():
+        os.write(1, b"LIBNATIVE\n")
+    os.write(1, b"answer\n")
+    assert capfd.readouterr() == ("answer\n", "LIBNATIVE\n")
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,7 @@ from tiny_npu import (
     Tiny,
     at_the_edge,
     by_cuts,
-    mixed,
+    linears,
     plain,
     prompts,
     some_tokens,
@@ -113,10 +113,10 @@ def test_a_rule_that_is_chosen_from_measured_times_changes_no_bit(monkeypatch) -
 
 @pytest.mark.parametrize("policy", POLICIES, ids=str)
 def test_no_policy_changes_a_bit(policy: Policy) -> None:
-    model = tiny("gemma3_text")
-    tokens = some_tokens(100, model.ops.vocabulary)
+    model = tiny("qwen2")
+    tokens = some_tokens(90, model.ops.vocabulary)
     want = plain(model).prompt(tokens, 0, all_logits=True)
-    for in_flight in (1, 2, 3, 4):
+    for in_flight in (1, 2, 4):
         made = prompts(model, chunk=16, in_flight=in_flight, policy=policy, n_threads=2)
         for _ in range(2):  # the second has other times to go by
             got = made.prompt(tokens, 0, all_logits=True)
@@ -127,7 +127,7 @@ def test_every_chunk_size_gives_the_same_logits() -> None:
     model = tiny("llama")
     tokens = some_tokens(37, model.ops.vocabulary)
     want = plain(model).prompt(tokens, 0, all_logits=True)
-    for chunk in [*range(1, 40), 127, 128, 129, 254, 255, 256]:
+    for chunk in [*range(1, 40, 3), 36, 37, 38, 127, 128, 129, 254, 255, 256]:
         got = prompts(model, chunk=chunk).prompt(tokens, 0, all_logits=True)
         assert np.array_equal(got, want), chunk
 
@@ -222,7 +222,7 @@ def test_the_products_are_those_of_whole_numbers(family: str, columns: bool, pro
     made = prompts(model, profile=profile, chunk=3)
     errors = []
     for seed in range(4):
-        tokens = some_tokens(8, model.ops.vocabulary, seed)
+        tokens = some_tokens(6, model.ops.vocabulary, seed)
         got = made.prompt(tokens, 0, all_logits=True)
         errors.append(relative_error(got, oracle(model, made, tokens)))
     assert np.median(errors) < 1e-5, errors
@@ -252,6 +252,21 @@ def test_decoding_goes_on_from_the_cache_of_the_device() -> None:
         assert np.array_equal(got, want), at
     # and a prompt after what was decoded
     assert np.array_equal(one.prompt(tokens[:5], 60), other.prompt(tokens[:5], 60))
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_a_cache_of_codes_is_the_same_too(family: str) -> None:
+    model = tiny(family)
+    tokens = some_tokens(390, model.ops.vocabulary)
+    results = []
+    for chunk, cuts in ((256, []), (100, [7, 300]), (31, [])):
+        host = model.executor(cache_type=CacheType.Q8)
+        device = Sim()
+        made = PromptExecutor(host, linears(model, host, device, chunk=chunk), device, chunk=chunk)
+        results.append(by_cuts(made.prompt, tokens, cuts))
+    assert np.array_equal(results[0], results[1])
+    assert np.array_equal(results[0], results[2])
+    assert not np.array_equal(results[0], plain(model).prompt(tokens, 0, all_logits=True))
 
 
 @pytest.mark.parametrize("n", [1, 2, 31, 32, 33, 64, 65, 128])
@@ -308,15 +323,14 @@ def test_no_chunk_in_flight_is_refused(in_flight: int) -> None:
         prompts(tiny("llama"), in_flight=in_flight)
 
 
-def test_the_default_choices_of_a_calibration_run_on_every_family() -> None:
-    for family in FAMILIES:
+def test_the_default_choices_of_a_calibration_run_and_repeat() -> None:
+    for family in ("llama", "qwen3", "gemma3_text", "qwen3_moe"):
         model = tiny(family)
         effects = {name: found.effects for name, found in model.statistics.items()}
-        tokens = some_tokens(40, model.ops.vocabulary)
+        tokens = some_tokens(20, model.ops.vocabulary)
         for pruned in (0.0, 0.75, 1.0):
             choices = choose(effects, pruned)
             want = plain(model, choices).prompt(tokens, 0, all_logits=True)
             got = prompts(model, choices, chunk=CHUNK).prompt(tokens, 0, all_logits=True)
             assert np.isfinite(want).all()
             assert np.array_equal(got, want), (family, pruned)
-    assert mixed(tiny("llama"))

@@ -79,9 +79,12 @@ class MemoryReport:
         """Closes the model, whose memory the prediction needs for what it measures."""
         from elute.bench.budget import predict_run
         from elute.formats.packed import PackedModel
+        from elute.npu.prompts import PromptExecutor
         from elute.runtime.executor import Executor
 
         model, executor = self._model, self._model.executor
+        if isinstance(executor, PromptExecutor):
+            executor = executor.host
         assert model.flash is not None
         assert isinstance(executor, Executor)
         plan, n_threads, kernels = model.flash.plan, executor.n_threads, executor.kernels

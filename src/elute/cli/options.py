@@ -120,7 +120,7 @@ npu_pruning = click.option(
     "--npu-pruning",
     type=click.FloatRange(0, 1),
     metavar="SHARE",
-    help="Of the NPU: add no outliers back at this share of the inputs, 0 to 1.  [default: 0.6]",
+    help="Of the NPU: add no outliers back at this share of the inputs, 0 to 1.  [default: 0.35]",
 )
 
 npu_chunk = click.option(

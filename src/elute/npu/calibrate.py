@@ -16,7 +16,7 @@ import numpy.typing as npt
 from elute.errors import ShapeError
 from elute.npu.choices import CHOICES, SHADOWED, Choice
 from elute.npu.device import Q_MAX
-from elute.npu.ranges import Observed, Range
+from elute.npu.ranges import Observed, Range, check_finite
 from elute.npu.reference import quantize_weights
 from elute.npu.rows import weight_scales
 from elute.npu.sites import Host, Segments, Site
@@ -70,7 +70,7 @@ def calibrate(
 ) -> dict[str, SiteStatistics]:
     """By the site's name. The host's cache is empty afterwards.
 
-    Raises ShapeError for fewer than MIN_TOKENS tokens.
+    Raises ShapeError for fewer than MIN_TOKENS tokens, or values that are not finite.
     """
     windows = _windows(tokens, host.context)
     inputs, outputs = _ranges(host, windows, progress)
@@ -104,13 +104,13 @@ def calibrate(
 
 
 def _windows(tokens: Sequence[int], context: int) -> list[I32]:
-    size = min(WINDOW, context)
-    if len(tokens) < MIN_TOKENS or size < MIN_TOKENS:
-        raise ShapeError(
-            f"text: found {min(len(tokens), size)} tokens, wanted {MIN_TOKENS} or more to "
-            "calibrate; use a longer text and context"
-        )
-    size = min(size, len(tokens))
+    for what, found in (("text", len(tokens)), ("context", context)):
+        if found < MIN_TOKENS:
+            raise ShapeError(
+                f"{what}: found {found} tokens, wanted {MIN_TOKENS} or more to measure what --npu "
+                f"needs; use a longer {what}"
+            )
+    size = min(WINDOW, context, len(tokens))
     starts = range(0, len(tokens) - size + 1, size)[:MOST_WINDOWS]
     return [np.asarray(tokens[start : start + size], np.int32) for start in starts]
 
@@ -172,6 +172,7 @@ def _outliers(
 def _dense(host: Host, tokens: I32) -> npt.NDArray[np.float64]:
     """log p f64 [_SCORED, vocabulary] at the end of `tokens`"""
     logits = host.forward(tokens, 0, all_logits=True)
+    check_finite(logits, "the logits")
     return _log_softmax(logits[-_SCORED:])
 
 

@@ -59,13 +59,18 @@ class Observed:
         """x f32 [M, width]. Raises ShapeError for values that are not finite."""
         magnitudes = np.abs(x)
         np.maximum(self._channels, magnitudes.max(axis=0), out=self._channels)
-        if not np.isfinite(self._channels).all():
-            raise ShapeError(
-                f"calibrate: found a value that is not finite at {name}, wanted finite ones; the "
-                "model or its conversion is broken, as elute run would show"
-            )
+        check_finite(self._channels, name)
         bins = (magnitudes.view(np.uint32) >> _SHIFT).ravel()
         self._histogram += np.bincount(bins, minlength=BINS)
 
     def range(self) -> Range:
         return Range(self._histogram.copy(), self._channels.copy())
+
+
+def check_finite(values: F32, where: str) -> None:
+    """Raises ShapeError."""
+    if not np.isfinite(values).all():
+        raise ShapeError(
+            f"calibrate: found a value that is not finite at {where}, wanted finite ones; the "
+            "model or its conversion is broken, as elute run would show"
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import math
 import os
@@ -23,7 +24,7 @@ from elute.types import F32
 log = logging.getLogger(__name__)
 
 FILE = "npu.safetensors"
-VERSION = "1"
+VERSION = "2"
 _EFFECTS = ",".join(map(str, CHOICES))
 
 
@@ -45,7 +46,8 @@ def save(path: Path, statistics: Mapping[str, SiteStatistics], *, model: str) ->
             arrays[f"{name}.{i}.histogram"] = output.histogram
             arrays[f"{name}.{i}.channels"] = output.channels
             arrays[f"{name}.{i}.peaks"] = peaks
-    content = to_bytes(arrays, {"version": VERSION, "model": model, "effects": _EFFECTS})
+    told = {"version": VERSION, "model": model, "effects": _EFFECTS, "sha256": _digest(arrays)}
+    content = to_bytes(arrays, told)
     partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
         try:
@@ -75,7 +77,10 @@ def load(path: Path, sites: Sequence[Site], *, model: str) -> dict[str, SiteStat
             if {**told, "version": VERSION, "model": model, "effects": _EFFECTS} != told:
                 log.warning("%s: was made for another model or version; made anew", path)
                 return None
-            return {site.name: _site(file, site) for site in sites}
+            arrays = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            if _digest(arrays) != told.get("sha256"):
+                raise ValueError("its checksum is another")
+            return {site.name: _site(arrays, site) for site in sites}
     except (SafetensorError, KeyError, ValueError, OSError) as error:
         raise FormatError(
             f"{path}: found a file that cannot be read ({error}), wanted a calibration; remove it, "
@@ -83,11 +88,20 @@ def load(path: Path, sites: Sequence[Site], *, model: str) -> dict[str, SiteStat
         ) from None
 
 
-def _site(file: Any, site: Site) -> SiteStatistics:
+def _digest(arrays: Mapping[str, npt.NDArray[Any]]) -> str:
+    """A flipped bit in a count would be another scale, and nobody would know."""
+    whole = hashlib.sha256()
+    for name in sorted(arrays):
+        whole.update(f"{name} {arrays[name].dtype} {arrays[name].shape}\n".encode())
+        whole.update(arrays[name].tobytes())
+    return whole.hexdigest()
+
+
+def _site(arrays: Mapping[str, npt.NDArray[Any]], site: Site) -> SiteStatistics:
     name = site.name
 
     def array(key: str, kind: type[np.generic], size: int | None = None) -> npt.NDArray[Any]:
-        found: npt.NDArray[Any] = file.get_tensor(f"{name}.{key}")
+        found = arrays[f"{name}.{key}"]
         right = found.dtype == kind and found.ndim == 1 and size in (None, found.size)
         if not (right and np.isfinite(found).all() and found.min(initial=0) >= 0):
             raise ValueError(f"{name}.{key} has another shape, type or values")

@@ -12,10 +12,11 @@ import numpy as np
 
 from elute.errors import NOTE, DeviceError, ShapeError, UnsupportedError
 from elute.formats.packed import PackedModel
+from elute.model.families import op_list
 from elute.npu import find, saved
 from elute.npu.assemble import HOT_SHARE, assemble, static_linears
-from elute.npu.calibrate import SiteStatistics, calibrate
-from elute.npu.choices import choose
+from elute.npu.calibrate import WINDOW, SiteStatistics, calibrate
+from elute.npu.choices import check_pruned, choose
 from elute.npu.device import Device, Progress
 from elute.npu.offline import Compiled, compile_for
 from elute.npu.ort import PROFILES
@@ -28,7 +29,7 @@ from elute.types import PackedMatrix
 
 log = logging.getLogger(__name__)
 
-DEFAULT_PRUNING = 0.6  # docs/npu.md has the table that says so
+DEFAULT_PRUNING = 0.35  # docs/npu.md has the table that says so
 _TRIALS = 3
 _NO_SITES = "the model has no linear layers outside of experts"
 
@@ -41,7 +42,8 @@ def measured_for_npu(
     again: bool = False,
     progress: Progress | None = None,
 ) -> dict[str, SiteStatistics]:
-    """The calibration that is kept with the model; made and kept where there is none, or again."""
+    """The calibration that is kept with the model; made where there is none, or again, and kept
+    unless the context is too short for it."""
     path = npu_calibration_file(packed)
     model = fingerprint(packed)
     found = None if again else saved.load(path, executor.sites, model=model)
@@ -51,7 +53,10 @@ def measured_for_npu(
         found = calibrate(
             executor, lambda name: dequantized(packed, name), tokens(), progress=progress
         )
-        saved.save(path, found, model=model)
+        if executor.context >= min(op_list(packed.config).context, WINDOW):
+            saved.save(path, found, model=model)
+        else:  # of less than others would measure: theirs should not hang on this
+            log.log(NOTE, "npu: not kept, since a context of %d is short", executor.context)
     return found
 
 
@@ -116,6 +121,7 @@ def with_npu(
     pruning: float = DEFAULT_PRUNING,
     chunk: int = CHUNK,
     hot_share: float = HOT_SHARE,
+    lacking: str = "",
     folder: Path,
     progress: Progress | None = None,
 ) -> PromptExecutor | None:
@@ -124,14 +130,22 @@ def with_npu(
     wanted    of --npu; see npu.find.choose
     matrices  of the packed model, in memory or mapped
     tokens    of the text that a calibration takes, where there is none yet
+    lacking   why the matrices are not all there, so that no device can take them; empty: they are
     folder    where compiled graphs are kept
 
     Raises DeviceError where a device is required and fails, UnsupportedError for a name that is
-    none, ShapeError for a chunk or share out of bounds.
+    none or for what is lacking where a device is required, ShapeError for a chunk or share out of
+    bounds.
     """
+    check_pruned(pruning)
     _check_chunk(chunk)
     chosen = find.choose(wanted, folder=folder)
     if chosen.open is None:
+        return None
+    if lacking and wanted.startswith(find.REQUIRE):
+        raise UnsupportedError(f"--npu {wanted}: {lacking}; use --npu off")
+    if lacking:
+        log.log(NOTE, "--npu %s: %s; prompts run on the CPU", wanted, lacking)
         return None
     if not executor.sites:
         log.log(NOTE, "npu: %s; prompts run on the CPU", _NO_SITES)
@@ -153,6 +167,11 @@ def with_npu(
             hot_share=hot_share,
             progress=progress,
         )
+        prompts = PromptExecutor(executor, linears, device, chunk=chunk)
+        if wanted != "auto" or _is_faster(prompts, executor):
+            return prompts
+        device.close()
+        return None
     except (DeviceError, UnsupportedError) as error:
         if device is not None:
             device.close()
@@ -160,11 +179,6 @@ def with_npu(
             raise
         log.log(NOTE, "npu: %s; prompts run on the CPU", error)
         return None
-    prompts = PromptExecutor(executor, linears, device, chunk=chunk)
-    if wanted == "auto" and not _is_faster(prompts, executor):
-        device.close()
-        return None
-    return prompts
 
 
 def _is_faster(prompts: PromptExecutor, executor: Executor) -> bool:
