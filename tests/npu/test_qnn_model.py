@@ -46,7 +46,7 @@ class Shaken:
 
 def compare(model: Path, home: Path, traces: Path, *, rows: int) -> dict[str, float]:
     """Logits of a prompt of `rows` tokens in one chunk. -> root mean square and largest difference
-    to sim's, of the emulator's and of the least and most shaken sim's."""
+    to sim's, and divergence from it, of the emulator's and of the least or most shaken sim's."""
     from elute.api import text_tokens
     from elute.formats.tokenizer import Tokenizer
     from elute.model.families import op_list
@@ -88,14 +88,27 @@ def compare(model: Path, home: Path, traces: Path, *, rows: int) -> dict[str, fl
     def rms(off):
         return float(np.sqrt(np.square(off).mean()))
 
+    def divergence(off):
+        """Nats a token."""
+        p, q = log_softmax(sim), log_softmax(sim + off)
+        return float((np.exp(p) * (p - q)).sum(axis=1).mean())
+
     return {
         "logits": rms(sim - sim.mean(axis=1, keepdims=True)),
         "rms": rms(emulated),
         "least shaken rms": min(map(rms, shaken)),
         "largest": float(np.abs(emulated).max()),
         "most shaken largest": max(float(np.abs(off).max()) for off in shaken),
+        "divergence": divergence(emulated),
+        "least shaken divergence": min(map(divergence, shaken)),
+        "same best": float((sim.argmax(axis=1) == (sim + emulated).argmax(axis=1)).mean()),
         "nodes": ran.total(),
     }
+
+
+def log_softmax(logits):
+    logits = logits - logits.max(axis=1, keepdims=True)
+    return logits - np.log(np.exp(logits).sum(axis=1, keepdims=True))
 
 
 def test_a_small_model_by_the_htp_is_within_a_step_of_sim(tmp_path: Path) -> None:
@@ -117,3 +130,4 @@ def check(found: dict[str, float]) -> None:
     """The emulator moves the logits, and less than a step of each int8 output may."""
     assert 0 < found["rms"] <= found["least shaken rms"], found
     assert found["largest"] <= found["most shaken largest"], found
+    assert found["divergence"] <= found["least shaken divergence"], found
