@@ -23,9 +23,12 @@ from elute.runtime.session import Executor
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
     from elute.formats.packed import PackedModel
+    from elute.model.ops import OpList
+    from elute.npu.find import Choice
     from elute.npu.prompts import PromptExecutor
     from elute.quantize.recipe import Recipe
     from elute.runtime.executor import Executor as NativeExecutor
+    from elute.runtime.npu_memory import NpuNeeds
     from elute.types import WeightSource
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "calibrate", "load"]
@@ -102,7 +105,8 @@ class Model:
 
     Made by `load`; a context manager that closes it. `path` is its packed directory,
     `bits_per_weight` counts what its matrices take there, scales and zeros included; `sparsity` is
-    what `load` was given; `flash` holds the weights where memory was limited.
+    what `load` was given; `flash` holds the weights where memory was limited; `prompts` computes
+    prompts where an NPU does.
     """
 
     def __init__(
@@ -117,10 +121,12 @@ class Model:
         bits_per_weight: float = 0.0,
         sparsity: float = 0.0,
         flash: FlashWeights | None = None,
+        prompts: PromptExecutor | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.flash = flash
+        self.prompts = prompts
         self.path = path
         self.sampling = Sampling() if sampling is None else sampling
         self.bits_per_weight = bits_per_weight
@@ -274,8 +280,9 @@ class Model:
         if self._engine is not None:
             self._engine.session.reset()  # ends a stream that is still open
             self._engine = None
-            self.flash = None
+            self.flash = self.prompts = None
             self._close()
+            self._close = lambda: None  # what it closed has memory
 
     def __enter__(self) -> Self:
         return self
@@ -330,6 +337,7 @@ def load(
     npu: str = "off",
     npu_pruning: float | None = None,
     npu_chunk: int | None = None,
+    npu_hot: float | str | None = None,
     checked: bool = False,
     score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -369,6 +377,9 @@ def load(
     npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
               docs/npu.md says why 0.75 when None
     npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
+    npu_hot   the weight rows of outliers that stay in memory: a share of the int8 weights' bytes, 0
+              to 1, or a size such as "64M"; 0.03 when None. Others are made when they are wanted,
+              and read from flash where memory is limited, with the same answers
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
@@ -434,7 +445,14 @@ def load(
     weights: WeightSource = packed
     kernels = None
     sums = packed.page_sums() if checked else None
+    on_npu = None
+    if npu != "off":
+        on_npu = _OnNpu(
+            packed, ops, npu, pruning=npu_pruning, chunk=npu_chunk, hot=npu_hot, folder=folder
+        )
     if memory is not None:
+        if on_npu is not None:
+            on_npu.choose_for_budget()
         weights, context, kernels = limited_weights(
             packed,
             ops,
@@ -448,6 +466,7 @@ def load(
             score_bytes,
             sums,
             sparsity,
+            None if on_npu is None else on_npu.needs,
         )
     elif sums is not None:
         sums.check(packed.path, progress=_stage(progress, "check"))
@@ -481,18 +500,8 @@ def load(
             told = "all weights are in memory, so it changes nothing"
         log.log(NOTE, "cache_aware %g: %s", cache_aware, told)
     prompts = None
-    if npu != "off":
-        prompts = _on_npu(
-            executor,
-            packed,
-            weights,
-            tokenizer,
-            npu,
-            pruning=npu_pruning,
-            chunk=npu_chunk,
-            folder=folder,
-            progress=progress,
-        )
+    if on_npu is not None:
+        prompts = on_npu.executor(executor, weights, tokenizer, progress)
         if prompts is not None and sparsity:
             log.log(NOTE, "sparsity: all weights count for prompts, which the NPU multiplies")
     return Model(
@@ -505,37 +514,73 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
+        prompts=prompts,
+        close=lambda: None if prompts is None else prompts.close(),
     )
 
 
-def _on_npu(
-    executor: NativeExecutor,
-    packed: PackedModel,
-    weights: WeightSource,
-    tokenizer: Tokenizer,
-    npu: str,
-    *,
-    pruning: float | None,
-    chunk: int | None,
-    folder: Path | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> PromptExecutor | None:
-    from elute.formats.sources import cache_dir
-    from elute.runtime import calibration
-    from elute.runtime.executor import CHUNK
-    from elute.runtime.npu import DEFAULT_PRUNING, with_npu
+class _OnNpu:
+    """What was asked of a device for prompts, in the two steps in which a budget wants it."""
 
-    return with_npu(
-        executor,
-        packed,
-        weights.matrix,
-        npu,
-        lambda: text_tokens(tokenizer, calibration.own_text())[0],
-        pruning=DEFAULT_PRUNING if pruning is None else pruning,
-        chunk=CHUNK if chunk is None else chunk,
-        folder=(folder or cache_dir()) / "npu",
-        progress=progress,
-    )
+    def __init__(
+        self,
+        packed: PackedModel,
+        ops: OpList,
+        wanted: str,
+        *,
+        pruning: float | None,
+        chunk: int | None,
+        hot: float | str | None,
+        folder: Path | None,
+    ) -> None:
+        from elute.formats.sources import cache_dir
+        from elute.runtime.executor import CHUNK
+
+        self._packed, self._ops, self._wanted, self._pruning = packed, ops, wanted, pruning
+        self._chunk = CHUNK if chunk is None else chunk
+        self._hot = hot
+        self._folder = (folder or cache_dir()) / "npu"
+        self._chosen: Choice | None = None
+        self.needs: NpuNeeds | None = None
+
+    def choose_for_budget(self) -> None:
+        """Before the weights are there."""
+        from elute.runtime.npu import chosen_for_budget
+
+        self._chosen, self.needs = chosen_for_budget(
+            self._wanted,
+            self._packed,
+            self._ops,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+        )
+
+    def executor(
+        self,
+        executor: NativeExecutor,
+        weights: WeightSource,
+        tokenizer: Tokenizer,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> PromptExecutor | None:
+        from elute.runtime import calibration
+        from elute.runtime.npu import DEFAULT_PRUNING, with_npu
+
+        return with_npu(
+            executor,
+            self._packed,
+            weights,
+            self._wanted,
+            lambda: text_tokens(tokenizer, calibration.own_text())[0],
+            ops=self._ops,
+            chosen=self._chosen,
+            needs=self.needs,
+            pruning=DEFAULT_PRUNING if self._pruning is None else self._pruning,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+            progress=progress,
+        )
 
 
 def calibrate(

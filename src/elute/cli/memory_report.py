@@ -81,8 +81,9 @@ class MemoryReport:
         from elute.formats.packed import PackedModel
         from elute.runtime.executor import Executor
 
-        model, executor = self._model, self._model.executor
+        model = self._model
         assert model.flash is not None
+        executor = model.executor if model.prompts is None else model.prompts.host
         assert isinstance(executor, Executor)
         plan, n_threads, kernels = model.flash.plan, executor.n_threads, executor.kernels
         cache_type, path = executor.cache_type, model.path

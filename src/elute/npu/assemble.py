@@ -9,20 +9,21 @@ import numpy as np
 
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import Choice
+from elute.npu.codes import Codes
 from elute.npu.device import Q_MAX, Device, Graph, Outputs, Product, Profile, Progress
 from elute.npu.linear import StaticLinear
-from elute.npu.rows import Rows, weight_rows, weight_scales
+from elute.npu.rows import Rows, weight_scales
 from elute.npu.sites import Site
-from elute.types import F32, I8, I64, PackedMatrix
+from elute.types import F32, I8, I64
 
 HOT_SHARE = 0.03  # rows that stay in memory, of the bytes of all int8 weights
 
-Matrices = Callable[[str], PackedMatrix]
+CodesOf = Callable[[Site], Codes]
 
 
 def assemble(
     sites: Sequence[Site],
-    matrices: Matrices,
+    codes_of: CodesOf,
     statistics: Mapping[str, SiteStatistics],
     choices: Mapping[str, Choice],
     device: Device,
@@ -51,16 +52,15 @@ def assemble(
     hot = _hot(sites, statistics, choices, hot_share)
     linears = []
     for site in sites:
-        found, choice = statistics[site.name], choices[site.name]
+        found, choice, codes = statistics[site.name], choices[site.name], codes_of(site)
         scale = float(np.float32(choice.bound(found.input)) / np.float32(Q_MAX))
         products = tuple(
-            _product(name, matrices, scales, scale, seen, profile, (identity, str(chunk)), isa)
-            for name, scales, seen in zip(
-                site.weights, scaled[site.name], found.output_scales, strict=True
+            _product(site, i, codes, scales, scale, seen, profile, (identity, str(chunk)))
+            for i, (scales, seen) in enumerate(
+                zip(scaled[site.name], found.output_scales, strict=True)
             )
         )
-        held = [matrices(name) for name in site.weights]
-        rows = Rows(held, scaled[site.name], hot[site.name], isa=isa)
+        rows = Rows(codes, scaled[site.name], hot[site.name])
         graph = Graph(chunk, products)
         linears.append(
             StaticLinear(site, graph, profile.outputs, rows, shadow=choice.shadow, isa=isa)
@@ -70,23 +70,26 @@ def assemble(
 
 
 def _product(
-    name: str,
-    matrices: Matrices,
+    site: Site,
+    index: int,
+    codes: Codes,
     scales: F32,
     input_scale: float,
     output_scale: float,
     profile: Profile,
     told: tuple[str, ...],
-    isa: str,
 ) -> Product:
+    name = site.weights[index]
+
     def weights() -> I8:
-        return weight_rows(matrices(name), scales, isa=isa)
+        return codes.rows(index, scales)
 
     scale = output_scale if profile.outputs is Outputs.INT8 else None
     digest = hashlib.sha256("\0".join((*told, name, repr(input_scale), repr(scale))).encode())
     digest.update(scales.tobytes())
-    shape = matrices(name).shape
-    return Product(name, shape, weights, scales, input_scale, scale, digest.hexdigest())
+    return Product(
+        name, codes.shapes[index], weights, scales, input_scale, scale, digest.hexdigest()
+    )
 
 
 def _hot(

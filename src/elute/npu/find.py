@@ -7,9 +7,9 @@ NPU is also faster than this CPU is measured by who asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from elute.errors import NOTE, DeviceError, UnsupportedError
 from elute.npu.device import Device
@@ -38,11 +38,16 @@ class Found:
     version: str
 
 
+class Opener(Protocol):
+    def __call__(self, *, lean: bool = False) -> Device:
+        """Makes the device. lean: one in this process that need not keep its weights does not."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What `--npu` came to. open: makes the device; None: prompts stay on the CPU, for `why`."""
 
-    open: Callable[[], Device] | None
+    open: Opener | None
     found: Found | None
     why: str
 
@@ -89,12 +94,12 @@ def choose(name: str, *, folder: Path | None = None, soc: Soc | None = None) -> 
     return Choice(_opener(taken.name, folder, soc), taken, why)
 
 
-def _opener(name: str, folder: Path | None, soc: Soc | None) -> Callable[[], Device]:
-    def open_device() -> Device:
+def _opener(name: str, folder: Path | None, soc: Soc | None) -> Opener:
+    def open_device(*, lean: bool = False) -> Device:
         if name == "sim":
-            from elute.npu.sim import Sim
+            from elute.npu.sim import Keep, Sim
 
-            return Sim()
+            return Sim(keep=Keep.NOTHING if lean else Keep.INT8)
         if name == "openvino":
             from elute.npu.openvino import OpenVino
 

@@ -31,13 +31,27 @@ IN_FLIGHT = 4  # chunks under way: registers of 256 rows each
 class Figures:
     """Of the prompts so far.
 
-    found     of the weight rows that shadows wanted, those that were in memory
+    wanted, found  weight rows that shadows wanted, and of those the ones that were in memory
+    read_bytes     from flash, for the others
+    hot_bytes      of rows that stay in memory
     """
 
     tokens: int
     counts: Counts
     wanted: int
     found: int
+    read_bytes: int
+    hot_bytes: int
+
+    @property
+    def clipped_share(self) -> float | None:
+        """Of the values of all inputs; None before the first."""
+        return self.counts.clipped / self.counts.inputs if self.counts.inputs else None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """None where no row was wanted."""
+        return self.found / self.wanted if self.wanted else None
 
 
 class PromptExecutor:
@@ -88,15 +102,27 @@ class PromptExecutor:
             self._stages, len(chunks), in_flight=min(self._in_flight, len(chunks))
         )
         sites = [linear.site for linear in self.linears]
-        with self.host.cut(sites, len(chunks)) as segments:
+        with self.host.cut(sites, graph.in_flight) as segments:
             segments.cached(position)  # an interrupted prompt leaves no mixture
-            work = _Work(self.linears, self._device, segments, chunks, all_logits)
+            work = _Work(self.linears, self._device, segments, chunks, all_logits, graph.in_flight)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
-            self.last = run(graph, self._policy, times, work)
+            try:
+                self.last = run(graph, self._policy, times, work)
+            finally:
+                work.close()
             segments.cached(position + tokens.size)
         self._remember()
         self._tokens += tokens.size
         return np.concatenate(work.logits) if len(work.logits) > 1 else work.logits[0]
+
+    @property
+    def device(self) -> str:
+        """Its name."""
+        return self._device.profile.name
+
+    def close(self) -> None:
+        """Gives back what the device holds; only forward may be called after it."""
+        self._device.close()
 
     def figures(self) -> Figures:
         counts = Counts()
@@ -107,7 +133,9 @@ class PromptExecutor:
             counts.saturated += linear.counts.saturated
         wanted = sum(linear.rows.wanted for linear in self.linears)
         found = sum(linear.rows.found for linear in self.linears)
-        return Figures(self._tokens, counts, wanted, found)
+        read_bytes = sum(linear.rows.read_bytes for linear in self.linears)
+        hot_bytes = sum(linear.rows.nbytes for linear in self.linears)
+        return Figures(self._tokens, counts, wanted, found, read_bytes, hot_bytes)
 
     def _remember(self) -> None:
         """How long stages take, for the next prompt's order."""
@@ -128,6 +156,7 @@ class _Work:
         segments: Segments,
         chunks: Sequence[tuple[I32, int]],
         all_logits: bool,
+        in_flight: int,
     ) -> None:
         self._linears = linears
         self._device = device
@@ -135,11 +164,19 @@ class _Work:
         self._chunks = chunks
         self._all_logits = all_logits
         self._pending: list[Pending | None] = [None] * len(chunks)
+        self._free = list(range(in_flight))  # registers
+        self._registers: dict[int, int] = {}  # of the chunks under way
         self._logits: dict[int, F32] = {}
 
     @property
     def logits(self) -> list[F32]:
         return [self._logits[chunk] for chunk in sorted(self._logits)]
+
+    def close(self) -> None:
+        """Nothing is under way any more, whatever it left behind."""
+        for pending in self._pending:
+            if pending is not None:
+                pending.close()
 
     def __call__(self, task: Task) -> None:
         site, is_product = divmod(task.stage, 2)
@@ -158,9 +195,12 @@ class _Work:
         """From the product before `site` to its input."""
         tokens, position = self._chunks[chunk]
         pending = self._pending[chunk]
+        if site == 0:
+            self._registers[chunk] = self._free.pop()
+        at = self._registers[chunk]
         if pending is not None:
             before = self._linears[site - 1]
-            registers = [self._segments.register(o, chunk=chunk) for o in before.site.outputs]
+            registers = [self._segments.register(o, chunk=at) for o in before.site.outputs]
             before.finish(pending, registers)
             self._pending[chunk] = None
         last = site == len(self._linears)
@@ -168,15 +208,17 @@ class _Work:
             site,
             tokens,
             position,
-            chunk=chunk,
+            chunk=at,
             all_logits=self._all_logits,
             want_logits=last and (self._all_logits or chunk == len(self._chunks) - 1),
         )
         if logits is not None:
             self._logits[chunk] = logits
-        if not last:
+        if last:
+            self._free.append(self._registers.pop(chunk))
+        else:
             linear = self._linears[site]
-            x = self._segments.register(linear.site.input, chunk=chunk)[: tokens.size]
+            x = self._segments.register(linear.site.input, chunk=at)[: tokens.size]
             self._pending[chunk] = linear.split(x)
 
 
