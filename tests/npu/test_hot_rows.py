@@ -161,7 +161,7 @@ def test_any_share_of_hot_rows_gives_the_same_bits(folders, statistics, wanted, 
     assert figures.hot_bytes <= hot * sum(
         n * k for linear in executor.linears for n, k in (p.shape for p in linear.graph.products)
     )
-    assert (figures.hit_rate > 0.5) == (hot == 1)  # random weights have no favourite channels
+    assert (figures.hit_rate == 1) == (hot == 1)
     assert (figures.hit_rate == 0) == (hot == 0)
 
 
@@ -176,8 +176,8 @@ def test_rows_from_flash_give_the_same_bits(folders, statistics, wanted, hot, or
     executor = prompts(packed, statistics, weights=weights, hot=hot, reader=reader)
     assert np.array_equal(answers(executor), wanted)
     figures = executor.figures()
-    assert figures.read_bytes > 0
-    assert figures.found < figures.wanted
+    assert figures.found <= figures.wanted
+    assert (figures.read_bytes > 0) == (hot < 1)
 
 
 def test_weights_that_are_all_in_memory_are_not_read(folders, statistics, wanted):
@@ -295,7 +295,7 @@ def test_files_that_are_gone_are_an_error(panels, tmp_path):
         fetcher(packed)
 
 
-@pytest.mark.parametrize("share", [0, 0.5])
+@pytest.mark.parametrize("share", [0, 0.2])
 def test_a_mixture_whose_experts_come_from_flash_gives_the_same_bits(mixture, share):
     ops = op_list(mixture.config)
     resident = Executor(ops, mixture, n_threads=2)

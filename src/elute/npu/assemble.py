@@ -99,30 +99,30 @@ def _hot(
     share: float,
 ) -> dict[str, I64]:
     """The channels with most outliers for each byte of their rows, over all sites, as far as
-    `share` goes."""
+    `share` goes; of those that had none, the ones that came nearest to it first."""
     budget = share * sum(
         found.input.channels.size * sum(p.size for p in found.peaks)
         for found in statistics.values()
     )
-    names, channels, counts, sizes = [], [], [], []
+    names, channels, counts, nearness, sizes = [], [], [], [], []
     for i, site in enumerate(sites):
         choice = choices[site.name]
         if not choice.shadow:
             continue
         found = statistics[site.name]
-        outliers = found.outliers[choice]
+        outliers, peaks = found.outliers[choice], found.input.channels / choice.bound(found.input)
         if site.columns is not None:
-            outliers = outliers[site.columns]
-        seen = np.flatnonzero(outliers)
-        names.append(np.full(seen.size, i))
-        channels.append(seen)
-        counts.append(outliers[seen])
-        sizes.append(np.full(seen.size, sum(p.size for p in found.peaks)))
+            outliers, peaks = outliers[site.columns], peaks[site.columns]
+        names.append(np.full(outliers.size, i))
+        channels.append(np.arange(outliers.size))
+        counts.append(outliers)
+        nearness.append(peaks)
+        sizes.append(np.full(outliers.size, sum(p.size for p in found.peaks)))
     hot: dict[str, list[int]] = {site.name: [] for site in sites}
     if names:
         of_site, channel = np.concatenate(names), np.concatenate(channels)
         size = np.concatenate(sizes)
-        order = np.argsort(-np.concatenate(counts) / size, kind="stable")
+        order = np.lexsort((-np.concatenate(nearness), -np.concatenate(counts) / size))
         kept = order[size[order].cumsum() <= budget]
         for i in kept:
             hot[sites[of_site[i]].name].append(int(channel[i]))

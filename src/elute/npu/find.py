@@ -54,7 +54,7 @@ class Choice:
 
 def survey() -> list[Found]:
     """All devices, those that `auto` prefers first. Loads the runtimes that are installed."""
-    return [_qnn(), _openvino(), _cpu(), _sim()]
+    return [find() for find in _FINDERS.values()]
 
 
 def choose(name: str, *, folder: Path | None = None, soc: Soc | None = None) -> Choice:
@@ -75,13 +75,13 @@ def choose(name: str, *, folder: Path | None = None, soc: Soc | None = None) -> 
         )
     if wanted == "off":
         return Choice(None, None, "--npu off")
-    found = survey()
+    found = survey() if wanted == "auto" else [_FINDERS[wanted]()]  # each loads a runtime
     if wanted == "auto":
         taken = next((each for each in found if each.present and not each.emulated), None)
         missing = "; ".join(each.why for each in found if each.name in ("qnn", "openvino"))
         why = f"no NPU here ({missing})" if taken is None else taken.why
     else:
-        named = next(each for each in found if each.name == wanted)
+        (named,) = found
         taken, why = (named if named.present else None), named.why
     if taken is None and required:
         raise DeviceError(f"--npu {name}: {why}; use --npu off")
@@ -155,6 +155,9 @@ def _sim() -> Found:
     import numpy as np
 
     return Found("sim", True, True, "numpy on this CPU", np.__version__)
+
+
+_FINDERS = {"qnn": _qnn, "openvino": _openvino, "cpu": _cpu, "sim": _sim}
 
 
 def _onnx() -> None:

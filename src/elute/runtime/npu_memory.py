@@ -83,8 +83,11 @@ def npu_needs(
     largest = max(n * k for shapes in linears for n, k in shapes)
     site = max(sum(n * k for n, k in shapes) for shapes in linears)
     registers = (IN_FLIGHT - 1) * 4 * chunk * sum(ops.registers.values())
-    # int8 inputs, results and shadows of chunks under way; of one, what both are made from
-    pending = chunk * (IN_FLIGHT * (widest_in + 12 * widest_out) + 8 * (widest_in + widest_out))
+    # int8 inputs, results and shadows of chunks under way; of one, what they are made from, and the
+    # sums of a shadow whose rows are not there all at once
+    in_parts = site > PART_BYTES
+    pending = chunk * IN_FLIGHT * (widest_in + 8 * widest_out)
+    pending += chunk * (8 * widest_in + (12 if in_parts else 4) * widest_out)
     rows = 2 * min(PART_BYTES, site) + COLUMNS_BYTES
     # histograms of inputs and outputs, channels, outliers: read whole, then dropped
     counted = sum(
