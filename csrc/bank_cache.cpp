@@ -265,10 +265,7 @@ void BankCache::check(const FlashRead& read, int file) {
 }
 
 std::string BankCache::where(const FlashRead& read, int file, const std::string& what) const {
-  const std::string& path = paths_[file];
-  return path + ": cannot read " + std::to_string(read.n_bytes) + " bytes from byte " + std::to_string(read.offset) + " (" +
-         what + "); run elute verify " + path.substr(0, path.find_last_of('/')) +
-         " to see what is damaged, check the disk, or convert the model again";
+  return read_failure(paths_[file], read.offset, read.n_bytes, what);
 }
 
 // Least frequently used: a block of the half that was used more often than one that stays takes its place.

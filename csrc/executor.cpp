@@ -131,15 +131,17 @@ void Executor::finish(const LookupRows& lookup_rows) {
 }
 
 void Executor::stream(WeightStream& stream, const std::vector<int>& pieces) {
-  const auto end_of = [&](const std::vector<int>& matrices) {
-    int end = 0;
-    for (int m : matrices) end = std::max(end, pieces[m] + 1);
-    return end;
+  const auto add = [&](PieceRange& range, const std::vector<int>& matrices) {
+    for (int m : matrices) {
+      if (pieces[m] < 0) continue;
+      range.begin = range.end ? std::min(range.begin, pieces[m]) : pieces[m];
+      range.end = std::max(range.end, pieces[m] + 1);
+    }
   };
   for (Op& op : ops_) {
-    if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->use < 0) linear->pieces_end = end_of(linear->matrices);
+    if (auto* linear = std::get_if<LinearOp>(&op); linear && linear->use < 0) add(linear->pieces, linear->matrices);
     if (auto* experts = std::get_if<ExpertsOp>(&op))
-      experts->pieces_end = std::max({end_of(experts->gates), end_of(experts->ups), end_of(experts->downs)});
+      for (const auto* matrices : {&experts->gates, &experts->ups, &experts->downs}) add(experts->pieces, *matrices);
   }
   stream_ = &stream;
 }
@@ -194,6 +196,8 @@ void Executor::start(const Rows& rows, const Call& call) {
 void Executor::forward(const int32_t* tokens, int n, int position, bool all_logits, float* logits) {
   turn(*rows_[0], position, n);  // only rows read these, so no late thread of the call before does
   if (banks_ && position == 0) banks_->forget();
+  if (fetched_step_ >= 0) ++passes_;  // segments used some of what this pass reads
+  fetched_step_ = -1;
   start(*rows_[0], Call{tokens, logits, n, position, passes_++, kAll, all_logits, true});
 }
 
@@ -206,17 +210,41 @@ void Executor::cut(std::vector<int> linears) {
 void Executor::run_segment(int segment, bool whole, int rows, const int32_t* tokens, int n, int position,
                            bool all_logits, float* logits) {
   turn(*rows_[rows], position, n);
+  if (banks_ && position == 0 && segment == 0) banks_->forget();
+  const auto [first, end] = steps_of(segment);
+  const int made = end + (whole && end < static_cast<int>(steps_.size()) ? 1 : 0);
+  int first_fetched = -1, last_fetched = -1;
+  for (int s = first; s < made; ++s) {
+    if (!fetches(steps_[s])) continue;
+    if (first_fetched < 0) first_fetched = s;
+    last_fetched = s;
+  }
+  if (first_fetched >= 0) {
+    if (first_fetched <= fetched_step_) ++passes_;
+    fetched_step_ = last_fetched;
+  }
   start(*rows_[rows], Call{tokens, logits, n, position, passes_, static_cast<int16_t>(segment), all_logits, whole});
 }
 
-void Executor::run(const Call& call, Walk& walk) {
+Range Executor::steps_of(int segment) const {
   const int n_steps = static_cast<int>(steps_.size()), n_cuts = static_cast<int>(cuts_.size());
+  return {segment == 0 ? 0 : cuts_[segment - 1] + 1, segment < n_cuts ? cuts_[segment] : n_steps};
+}
+
+bool Executor::fetches(const Step& step) const {
+  const Op& last = ops_[step.ops.end - 1];
+  const auto* linear = std::get_if<LinearOp>(&last);
+  const auto* experts = std::get_if<ExpertsOp>(&last);
+  return (linear && (linear->use >= 0 || linear->pieces.end)) || (experts && (experts->use >= 0 || experts->pieces.end));
+}
+
+void Executor::run(const Call& call, Walk& walk) {
+  const int n_steps = static_cast<int>(steps_.size());
   if (call.segment == kAll) {
     for (const Step& step : steps_) run_step(step, true, call, walk);
     return;
   }
-  const int first = call.segment == 0 ? 0 : cuts_[call.segment - 1] + 1;
-  const int end = call.segment < n_cuts ? cuts_[call.segment] : n_steps;
+  const auto [first, end] = steps_of(call.segment);
   if (first > 0 && !call.whole) {
     const auto& made = std::get<LinearOp>(ops_[steps_[first - 1].ops.end - 1]);
     const int n_chunks = made.added_to < 0 ? 0 : chunks(call.n, n_threads());
@@ -243,12 +271,15 @@ void Executor::run_step(const Step& step, bool with_last, const Call& call, Walk
   const Op& last = ops_[step.ops.end - 1];
   const auto* linear = std::get_if<LinearOp>(&last);
   const auto* experts = std::get_if<ExpertsOp>(&last);
-  const int pieces = !stream_ ? 0 : linear ? linear->pieces_end : experts ? experts->pieces_end : 0;
-  if (pieces) stream_->wait(call.pass, pieces);
+  const PieceRange pieces = !stream_ ? PieceRange{} : linear ? linear->pieces : experts ? experts->pieces : PieceRange{};
+  if (pieces.end) {
+    stream_->release(call.pass, pieces.begin);  // those of products that were made elsewhere: nobody else says so
+    stream_->wait(call.pass, pieces.end);
+  }
   if (linear && linear->use >= 0)
     banks_->demand(call.pass, linear->use, call.n == 1 ? active_.as<uint64_t>() : nullptr);
   std::visit([&](const auto& op) { run_all(op, call, walk); }, last);
-  if (pieces) stream_->release(call.pass, pieces);  // a late thread may read what is overwritten; its result is dropped
+  if (pieces.end) stream_->release(call.pass, pieces.end);  // a late thread may read what is overwritten; its result is dropped
 }
 
 ActivationsView Executor::activations(int k, int n_rows, bool tables) const {

@@ -43,6 +43,10 @@ struct RmsNormOp {
   int width, n_runs;
   float eps;
 };
+// Of a stream, counted from a forward's first; end 0: none.
+struct PieceRange {
+  int begin = 0, end = 0;
+};
 struct LinearOp {
   // Weights that read the same input in the same column order: one quantization, one set of tables.
   int input;
@@ -52,7 +56,7 @@ struct LinearOp {
   int use = -1;       // of a bank cache: matrices are add_channel_matrix()'s, all of that use's bank; -1: add_matrix()'s
   int mask = -1;      // add_mask()'s; -1: all channels of the input count
   int added_to = -1;                       // finish() moves an AddOp of the only output here
-  int pieces_end = 0;  // stream(): pieces that must be in the window, counted from a forward's first; 0: none
+  PieceRange pieces;                       // stream(): those that must be in the window
 };
 struct RopeOp {
   int reg, width, n_heads, table;
@@ -79,7 +83,7 @@ struct ExpertsOp {
   Activation activation;
   int use = -1;                  // of a bank cache: a row is an expert; -1: the matrices are where they are said to be
   const float* ahead = nullptr;  // the next layer's router, of as many experts and as wide: what it will probably pick
-  int pieces_end = 0;            // as in LinearOp
+  PieceRange pieces;             // as in LinearOp
 };
 struct AddOp {
   int input, output;
@@ -132,7 +136,8 @@ class Executor {
   // A forward in parts, whose products are made elsewhere: `linears` of its ops, counted among LinearOps in the order of
   // addition, cut it into linears.size() + 1 segments. A segment leaves the op's input in its register, and the next one
   // finds the outputs there, bias included; or, `whole`, each makes the product at its end itself, as forward() does.
-  // Several chunks of tokens may be under way, each in rows of its own.
+  // Several chunks of tokens may be under way, each in rows of its own. Weights that come from flash are read once for the
+  // segments up to one that wants what was read for an earlier one, and then from the first one on again.
   void cut(std::vector<int> linears);
   void set_rows(int n);  // 1 or more; forward() uses the first
   void run_segment(int segment, bool whole, int rows, const int32_t* tokens, int n, int position, bool all_logits,
@@ -195,6 +200,8 @@ class Executor {
   };
   static constexpr int kLeastChannels = 256;  // of a row, that are worth a thread's while: some 0.2 us
 
+  Range steps_of(int segment) const;  // that it runs whole
+  bool fetches(const Step&) const;    // whether its product's weights may come from flash
   void run(const Call&, Walk&);
   void run_step(const Step&, bool with_last, const Call&, Walk&);
   void add_rows();
@@ -293,6 +300,7 @@ class Executor {
   std::vector<Pages> gemm_scratch_, attention_scratch_, gathered_, results_;  // [thread]
   WeightStream* stream_ = nullptr;
   uint32_t passes_ = 0;
+  int fetched_step_ = -1;  // of the pass that segments make, the last whose weights come from flash
   ThreadPool pool_;  // last: its threads use the others until it is gone
 };
 

@@ -102,4 +102,10 @@ std::unique_ptr<FlashReader> open_flash_reader(std::string_view kind, int depth)
   return std::make_unique<WholeReader>(open_raw_reader(kind, depth));
 }
 
+std::string read_failure(const std::string& path, int64_t offset, int64_t n_bytes, const std::string& what) {
+  return path + ": cannot read " + std::to_string(n_bytes) + " bytes from byte " + std::to_string(offset) + " (" + what +
+         "); run elute verify " + path.substr(0, path.find_last_of('/')) +
+         " to see what is damaged, check the disk, or convert the model again";
+}
+
 }  // namespace elute

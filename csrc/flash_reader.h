@@ -56,4 +56,7 @@ class FlashReader {
 // std::system_error where it does not, std::invalid_argument for another kind.
 std::unique_ptr<FlashReader> open_flash_reader(std::string_view kind, int depth);
 
+// The sentence for a read of weights that failed.
+std::string read_failure(const std::string& path, int64_t offset, int64_t n_bytes, const std::string& what);
+
 }  // namespace elute

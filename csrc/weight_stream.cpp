@@ -147,10 +147,7 @@ void WeightStream::check(const Request& request) {
 
 std::string WeightStream::where(const Request& request, const std::string& what) const {
   const Piece& piece = pieces_[request.sequence % n_pieces()];
-  const std::string& path = paths_[piece.file];
-  return path + ": cannot read " + std::to_string(request.n_bytes) + " bytes from byte " +
-         std::to_string(piece.offset + request.at) + " (" + what + "); run elute verify " +
-         path.substr(0, path.find_last_of('/')) + " to see what is damaged, check the disk, or convert the model again";
+  return read_failure(paths_[piece.file], piece.offset + request.at, request.n_bytes, what);
 }
 
 void WeightStream::fail(const std::string& what) {

@@ -6,6 +6,7 @@
 
 #include "bind/bind.h"
 #include "crc32c.h"
+#include "flash_fetcher.h"
 #include "page_check.h"
 #include "read_timing.h"
 #include "weight_stream.h"
@@ -48,6 +49,81 @@ WeightStream* make_stream(const std::vector<std::string>& paths, const std::vect
   }
   return new WeightStream(paths, std::move(pieces), window.data(), reader, depth, request_bytes, direct,
                           {sums ? sums->data() : nullptr, first_page});
+}
+
+// What a fetch writes to stays until it has ended.
+struct BoundFetch {
+  BoundFetch(std::shared_ptr<FlashFetcher::Fetch> f, nb::object m) : fetch(std::move(f)), memory(std::move(m)) {}
+  BoundFetch(BoundFetch&&) noexcept = default;
+  ~BoundFetch() {
+    if (fetch) fetch->wait();
+  }
+  std::shared_ptr<FlashFetcher::Fetch> fetch;
+  nb::object memory;
+};
+
+class BoundFetcher {
+ public:
+  BoundFetcher(const std::vector<std::string>& paths, const std::string& reader, int depth, int64_t request_bytes, bool direct,
+               const std::optional<SumsIn>& sums, const std::vector<int64_t>& first_page)
+      : n_files_(static_cast<int>(paths.size())),
+        n_sums_(sums ? static_cast<int64_t>(sums->size()) : -1),
+        first_page_(first_page) {
+    check_requests(depth, request_bytes);
+    want(!sums || first_page.size() == paths.size(), "first_page: wanted one of each path");
+    fetcher = std::make_unique<FlashFetcher>(paths, reader, depth, request_bytes, direct,
+                                             FlashFetcher::Sums{sums ? sums->data() : nullptr, first_page});
+  }
+  BoundFetch begin(const std::vector<PieceTuple>& tuples, nb::object memory) {
+    const auto array = nb::cast<nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>>(memory);
+    const auto n_memory = static_cast<int64_t>(array.size());
+    want(reinterpret_cast<uintptr_t>(array.data()) % kFlashAlignment == 0, "memory: wanted it aligned to 4096");
+    std::vector<FlashFetcher::Piece> pieces;
+    for (const auto& [file, offset, n_bytes, at] : tuples) {
+      want(file >= 0 && file < n_files_, "a piece's file does not exist");
+      want(aligned(offset) && aligned(at) && aligned(n_bytes) && n_bytes > 0, "a piece is not aligned to 4096");
+      want(at <= n_memory - n_bytes, "a piece lies beyond the memory");
+      want(n_sums_ < 0 || first_page_[file] + (offset + n_bytes) / kSummedPage <= n_sums_, "a piece has no sums");
+      pieces.push_back({file, offset, n_bytes, array.data() + at});
+    }
+    return {fetcher->begin(pieces), std::move(memory)};
+  }
+  std::unique_ptr<FlashFetcher> fetcher;
+
+ private:
+  const int n_files_;
+  const int64_t n_sums_;  // -1: none
+  const std::vector<int64_t> first_page_;
+};
+
+void bind_fetcher(nb::module_& m) {
+  nb::class_<BoundFetch>(m, "Fetch", "Pieces that were asked for at once; when it is gone nothing writes to their memory.")
+      .def("wait",
+           [](BoundFetch& f) {
+             std::string failure;
+             {
+               nb::gil_scoped_release release;
+               failure = f.fetch->wait();
+             }
+             if (!failure.empty()) throw std::runtime_error(failure);
+           },
+           "Returns when all of them are there; RuntimeError when one cannot be read.");
+  nb::class_<BoundFetcher>(m, "Fetcher", "Reads pieces of files when somebody asks for them, while he goes on.")
+      .def(nb::init<const std::vector<std::string>&, const std::string&, int, int64_t, bool, const std::optional<SumsIn>&,
+                    const std::vector<int64_t>&>(),
+           nb::arg("paths"), nb::arg("reader"), nb::arg("depth"), nb::arg("request_bytes"), nb::arg("direct") = true,
+           nb::arg("sums").noconvert().none() = nb::none(), nb::arg("first_page") = std::vector<int64_t>(),
+           nb::keep_alive<1, 7>(), "sums, first_page: as of open_stream")
+      .def_prop_ro("reader", [](const BoundFetcher& f) { return std::string(f.fetcher->reader()); })
+      .def_prop_ro("direct", [](const BoundFetcher& f) { return f.fetcher->direct(); })
+      .def("figures",
+           [](const BoundFetcher& f) {
+             const auto figures = f.fetcher->figures();
+             return std::make_pair(figures.read_bytes, figures.requests);
+           },
+           "(bytes, requests) asked for so far")
+      .def("begin", &BoundFetcher::begin, nb::arg("pieces"), nb::arg("memory"), nb::keep_alive<0, 1>(),
+           "pieces [(file, offset, n_bytes, at)] into memory u8 [n]");
 }
 
 const Crc32c& crc32c_named(const std::string& level) {
@@ -146,6 +222,7 @@ void bind_timing(nb::module_& m) {
 void bind_flash(nb::module_& m) {
   bind_sums(m);
   bind_timing(m);
+  bind_fetcher(m);
   nb::class_<WeightStream>(m, "WeightStream", "Reads pieces of files into a window, in a cycle, ahead of their use.")
       .def_prop_ro("reader", [](const WeightStream& s) { return std::string(s.reader()); })
       .def_prop_ro("direct", &WeightStream::direct)

@@ -153,6 +153,34 @@ def open_stream(
     sums: _U32 | None = None,
     first_page: list[int] = ...,
 ) -> WeightStream: ...
+
+class Fetch:
+    def wait(self) -> None:
+        """Returns when all pieces are there; RuntimeError when one cannot be read."""
+
+class Fetcher:
+    """Reads pieces of files when somebody asks for them, while he goes on."""
+
+    def __init__(
+        self,
+        paths: list[str],
+        reader: str,
+        depth: int,
+        request_bytes: int,
+        direct: bool = True,
+        sums: _U32 | None = None,
+        first_page: list[int] = ...,
+    ) -> None: ...
+    @property
+    def reader(self) -> str: ...
+    @property
+    def direct(self) -> bool: ...
+    def figures(self) -> tuple[int, int]:
+        """(bytes, requests) asked for so far"""
+
+    def begin(self, pieces: list[tuple[int, int, int, int]], memory: _U8) -> Fetch:
+        """pieces (file, offset, n_bytes, at) into memory [n], which the fetch keeps"""
+
 def time_reads(
     path: str,
     offsets: list[int],

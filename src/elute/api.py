@@ -24,11 +24,14 @@ from elute.runtime.session import Executor
 if TYPE_CHECKING:
     from elute.flash.sparsity import Scores
     from elute.formats.packed import PackedModel
+    from elute.model.ops import OpList
     from elute.npu.calibrate import SiteStatistics
+    from elute.npu.find import Choice
     from elute.npu.offline import Compiled
     from elute.npu.prompts import PromptExecutor
     from elute.quantize.recipe import Recipe
     from elute.runtime.executor import Executor as NativeExecutor
+    from elute.runtime.npu_memory import NpuNeeds
     from elute.types import WeightSource
 
 __all__ = ["Chunk", "Completion", "Model", "Sampling", "Score", "calibrate", "load"]
@@ -105,7 +108,8 @@ class Model:
 
     Made by `load`; a context manager that closes it. `path` is its packed directory,
     `bits_per_weight` counts what its matrices take there, scales and zeros included; `sparsity` is
-    what `load` was given; `flash` holds the weights where memory was limited.
+    what `load` was given; `flash` holds the weights where memory was limited; `prompts` computes
+    prompts where an NPU does.
     """
 
     def __init__(
@@ -120,10 +124,12 @@ class Model:
         bits_per_weight: float = 0.0,
         sparsity: float = 0.0,
         flash: FlashWeights | None = None,
+        prompts: PromptExecutor | None = None,
         close: Callable[[], None] = lambda: None,
     ) -> None:
         self.name = name
         self.flash = flash
+        self.prompts = prompts
         self.path = path
         self.sampling = Sampling() if sampling is None else sampling
         self.bits_per_weight = bits_per_weight
@@ -277,8 +283,9 @@ class Model:
         if self._engine is not None:
             self._engine.session.reset()  # ends a stream that is still open
             self._engine = None
-            self.flash = None
+            self.flash = self.prompts = None
             self._close()
+            self._close = lambda: None  # what it closed has memory
 
     def __enter__(self) -> Self:
         return self
@@ -333,6 +340,7 @@ def load(
     npu: str = "off",
     npu_pruning: float | None = None,
     npu_chunk: int | None = None,
+    npu_hot: float | str | None = None,
     checked: bool = False,
     score_bytes: int | None = None,
     progress: Callable[[str, int, int], None] | None = None,
@@ -372,6 +380,9 @@ def load(
     npu_pruning  the share of the inputs whose outliers are not added back, 0 to 1; the table in
               docs/npu.md says why 0.35 when None
     npu_chunk tokens that a graph of the NPU has, 1 to 256; 256 when None
+    npu_hot   the weight rows of outliers that stay in memory: a share of the int8 weights' bytes, 0
+              to 1, or a size such as "64M"; 0.03 when None. Others are made when they are wanted,
+              and read from flash where memory is limited, with the same answers
     progress  called with (stage, done, total)
 
     Raises FormatError for broken files, UnsupportedError for models and types that elute lacks and
@@ -437,7 +448,14 @@ def load(
     weights: WeightSource = packed
     kernels = None
     sums = packed.page_sums() if checked else None
+    on_npu = None
+    if npu != "off":
+        on_npu = _OnNpu(
+            packed, ops, npu, pruning=npu_pruning, chunk=npu_chunk, hot=npu_hot, folder=folder
+        )
     if memory is not None:
+        if on_npu is not None:
+            on_npu.choose_for_budget()
         weights, context, kernels = limited_weights(
             packed,
             ops,
@@ -451,6 +469,7 @@ def load(
             score_bytes,
             sums,
             sparsity,
+            None if on_npu is None else on_npu.needs,
         )
     elif sums is not None:
         sums.check(packed.path, progress=_stage(progress, "check"))
@@ -476,18 +495,8 @@ def load(
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "sparsity: not kept, since a context of %d is short", executor.context)
     prompts = None
-    if npu != "off":  # before anything is left out: its calibration is of the whole model
-        prompts = _on_npu(
-            executor,
-            packed,
-            weights,
-            tokenizer,
-            npu,
-            pruning=npu_pruning,
-            chunk=npu_chunk,
-            folder=folder,
-            progress=progress,
-        )
+    if on_npu is not None:  # before anything is left out: its calibration is of the whole model
+        prompts = on_npu.executor(executor, weights, tokenizer, progress)
         if prompts is not None and sparsity:
             log.log(NOTE, "sparsity: all weights count for prompts, which the NPU multiplies")
     if scores is not None:
@@ -508,48 +517,73 @@ def load(
         bits_per_weight=packed.bits_per_weight,
         sparsity=sparsity,
         flash=weights if isinstance(weights, FlashWeights) else None,
+        prompts=prompts,
         close=lambda: None if prompts is None else prompts.close(),
     )
 
 
-def _on_npu(
-    executor: NativeExecutor,
-    packed: PackedModel,
-    weights: WeightSource,
-    tokenizer: Tokenizer,
-    npu: str,
-    *,
-    pruning: float | None,
-    chunk: int | None,
-    folder: Path | None,
-    progress: Callable[[str, int, int], None] | None,
-) -> PromptExecutor | None:
-    from elute.formats.sources import cache_dir
-    from elute.runtime import calibration
-    from elute.runtime.executor import CHUNK
-    from elute.runtime.npu import DEFAULT_PRUNING, with_npu
+class _OnNpu:
+    """What was asked of a device for prompts, in the two steps in which a budget wants it."""
 
-    return with_npu(
-        executor,
-        packed,
-        weights.matrix,
-        npu,
-        lambda: text_tokens(tokenizer, calibration.own_text())[0],
-        lacking=_lacking_for_npu(packed, weights),
-        pruning=DEFAULT_PRUNING if pruning is None else pruning,
-        chunk=CHUNK if chunk is None else chunk,
-        folder=(folder or cache_dir()) / "npu",
-        progress=progress,
-    )
+    def __init__(
+        self,
+        packed: PackedModel,
+        ops: OpList,
+        wanted: str,
+        *,
+        pruning: float | None,
+        chunk: int | None,
+        hot: float | str | None,
+        folder: Path | None,
+    ) -> None:
+        from elute.formats.sources import cache_dir
+        from elute.runtime.executor import CHUNK
 
+        self._packed, self._ops, self._wanted, self._pruning = packed, ops, wanted, pruning
+        self._chunk = CHUNK if chunk is None else chunk
+        self._hot = hot
+        self._folder = (folder or cache_dir()) / "npu"
+        self._chosen: Choice | None = None
+        self.needs: NpuNeeds | None = None
 
-def _lacking_for_npu(packed: PackedModel, weights: WeightSource) -> str:
-    """Why a device cannot be given the weights; empty where it can."""
-    if packed.banks:
-        return f"{packed.path}: found weights in channel order, wanted panel order"
-    if isinstance(weights, FlashWeights) and (weights.plan.places or weights.plan.staging):
-        return "memory: found a budget that not all weights fit, wanted one that they do"
-    return ""
+    def choose_for_budget(self) -> None:
+        """Before the weights are there."""
+        from elute.runtime.npu import chosen_for_budget
+
+        self._chosen, self.needs = chosen_for_budget(
+            self._wanted,
+            self._packed,
+            self._ops,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+        )
+
+    def executor(
+        self,
+        executor: NativeExecutor,
+        weights: WeightSource,
+        tokenizer: Tokenizer,
+        progress: Callable[[str, int, int], None] | None,
+    ) -> PromptExecutor | None:
+        from elute.runtime import calibration
+        from elute.runtime.npu import DEFAULT_PRUNING, with_npu
+
+        return with_npu(
+            executor,
+            self._packed,
+            weights,
+            self._wanted,
+            lambda: text_tokens(tokenizer, calibration.own_text())[0],
+            ops=self._ops,
+            chosen=self._chosen,
+            needs=self.needs,
+            pruning=DEFAULT_PRUNING if self._pruning is None else self._pruning,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+            progress=progress,
+        )
 
 
 def calibrate(

@@ -5,6 +5,7 @@ import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from hub_server import serving
@@ -14,6 +15,10 @@ from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
 from elute.flash.page_cache import cached_bytes, forget
+from elute.formats.packed import PackedModel
+from elute.model.families import op_list
+from elute.runtime.executor import Executor
+from elute.runtime.npu import measured_for_npu
 
 CONFIG = {
     **CONFIGS["llama-3.2-1b"],
@@ -180,3 +185,50 @@ def test_a_chat_ends_with_predicted_beside_measured(tmp_path):
     *_, predicted, measured = done.stderr.splitlines()
     assert predicted.startswith("predicted ")
     assert measured.startswith("measured ")
+
+
+def calibrate_for_an_npu(folder):
+    """On fewer tokens than a first run takes."""
+    packed = PackedModel.open(Path(folder))
+    executor = Executor(op_list(packed.config), packed, n_threads=2, context=256)
+    tokens = [7 * i % 1024 for i in range(128)]
+    measured_for_npu(packed, executor, lambda: tokens)
+
+
+def test_a_run_tells_what_a_device_did_for_the_prompt(model, tmp_path):
+    environment = {**os.environ, "ELUTE_HOME": str(tmp_path / "home")}
+    text = "eta nine tone " * 20
+    common = ["run", model, text, "--raw", "--temperature", "0", "--max-tokens", "4"]
+    common += ["--context", "256", "--npu", "require:sim", "--npu-pruning", "0"]
+    early = elute(*common, "--memory", "1G", env=environment)
+    assert early.returncode == 1
+    assert "found no calibration for an NPU, and --memory leaves no room" in early.stderr
+    calibrate_for_an_npu(model)
+    free = json.loads(elute(*common, "--json", "-q", env=environment).stdout)
+    told = free["npu"]
+    assert told["device"] == "sim"
+    assert told["tokens"] == free["prompt_tokens"]
+    assert 0 < told["clipped_share"] < 0.1
+    assert told["shadow_rows"] > 0
+    assert told["shadow_read_bytes"] == 0
+    tight = elute(*common, "--memory", "1M", env=environment)
+    found = re.search(r"wanted at least (\d+) \(MB: .*npu \d+", tight.stderr)
+    assert found, tight.stderr
+    budget = (int(found[1]) + 4) * 1_000_000
+    more = ["--memory", str(budget), "--npu-hot", "0"]
+    done = elute(*common, *more, "--json", "-q", env=environment)
+    assert done.returncode == 0, done.stderr
+    within = json.loads(done.stdout)
+    assert within["text"] == free["text"]
+    assert within["peak_memory_bytes"] <= budget
+    assert within["npu"]["shadow_rows"] == told["shadow_rows"]
+    assert within["npu"]["shadow_rows_in_memory"] == within["npu"]["hot_bytes"] == 0
+    assert within["npu"]["shadow_read_bytes"] > 0
+    assert within["measured"]["resident_bytes"] <= budget
+    lines = elute(*common, *more, env=environment).stderr.splitlines()
+    (line,) = (line for line in lines if line.startswith("npu sim · "))
+    assert re.fullmatch(
+        r"npu sim · \d+ tokens · [\d.]+ % of inputs clipped · \d+ rows for shadows, 0 % of them in "
+        r"memory \(0\.0 MB\) · [\d.]+ MB read for them",
+        line,
+    )

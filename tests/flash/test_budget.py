@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,11 @@ import pytest
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.shapes import CONFIGS
+from elute.flash.banks import banks_of
+from elute.model.families import op_list
+from elute.pack.reorder import reorder
+from elute.runtime.executor import Executor
+from elute.runtime.npu import measured_for_npu
 
 # 96 MB of planes beside some 75 MB of interpreter, libraries and tokenizer.
 CONFIG = {
@@ -35,6 +41,22 @@ with elute.load(sys.argv[1], checked=bool(memory), **options) as model:
     print(json.dumps({
         "tokens": told.tokens, "peak": 1024 * peak, "missed": plan.missed if plan else 0,
         "read": model.flash.figures()[0] if plan else 0,
+    }))
+"""
+PROMPTS_BY_DEVICE = """
+import json, sys
+import elute
+memory = sys.argv[2] or None
+options = {"cache_dir": sys.argv[3], "memory": memory, "context": 512, "threads": 2}
+options |= {"npu": "require:sim", "npu_chunk": 128, "checked": bool(memory)}
+with elute.load(sys.argv[1], **options) as model:
+    told = model.generate([*range(300)], max_tokens=6, temperature=0, ignore_end=True)
+    status = open("/proc/self/status").read().splitlines()
+    (peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
+    flash, by_device = model.flash, model.prompts.figures()
+    print(json.dumps({
+        "tokens": told.tokens, "peak": 1024 * peak, "missed": flash.plan.missed if flash else 0,
+        "by_device": by_device.tokens, "rows": by_device.wanted, "read": by_device.read_bytes,
     }))
 """
 V1, V2 = Path("/sys/fs/cgroup/memory"), Path("/sys/fs/cgroup")
@@ -125,5 +147,43 @@ def test_a_run_in_a_cgroup_of_the_budget_gives_the_tokens_of_no_limit(packed, tm
         assert group.peak_bytes() <= budget * 105 // 100
         forwards = 2 + 11  # chunks of the prompt, and tokens after the first
         assert forwards * told["missed"] <= told["read"] <= (forwards + 1) * told["missed"]
+    finally:
+        group.close()
+
+
+@pytest.mark.parametrize("order", ["panels", "channels"])
+def test_prompts_by_a_device_keep_the_budget_too(packed, tmp_path, order):
+    """Its hot rows, its chunks, and the weights of one that is this process."""
+    model = packed
+    if order == "channels":
+        model = reorder(packed, tmp_path / "model", banks_of(op_list(packed.config)))
+    executor = Executor(op_list(model.config), model, n_threads=2, context=256)
+    measured_for_npu(model, executor, lambda: [*range(128)])  # less than a first run takes
+    del executor
+    command = [sys.executable, "-c", PROMPTS_BY_DEVICE, str(model.path)]
+    free = subprocess.run(
+        [*command, "", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert free.returncode == 0, free.stderr
+    wanted = json.loads(free.stdout)
+    tight = subprocess.run(
+        [*command, "90M", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    found = re.search(r"memory: found 90 MB, wanted at least (\d+) \(MB: .*npu \d+", tight.stderr)
+    assert found, tight.stderr
+    budget = (int(found[1]) + 8) * 1_000_000
+    assert budget < wanted["peak"], found[0]
+    group = Group(budget * 105 // 100)
+    try:
+        done = group.run([*command, str(budget), str(tmp_path)])
+        assert done.returncode == 0, done.stderr
+        told = json.loads(done.stdout)
+        assert told["tokens"] == wanted["tokens"]
+        assert told["by_device"] == 300
+        assert told["missed"] > 0
+        assert told["rows"] == wanted["rows"] > 0
+        assert told["read"] > 0
+        assert told["peak"] <= budget
+        assert group.peak_bytes() <= budget * 105 // 100
     finally:
         group.close()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from elute.cli import EXIT_ERROR, EXIT_INTERRUPTED, options
-from elute.cli.run import answer, note_report
+from elute.cli.run import answer, note_npu, note_report
 
 if TYPE_CHECKING:
     from elute.api import Model
@@ -55,6 +55,7 @@ def command(model: str, **given: Any) -> int:
             screen.note(f"{loaded.name}, context {loaded.context}. {HELP}.")
         report = None if loaded.flash is None else MemoryReport(loaded)
         code = _converse(loaded, given, screen, report)
+        note_npu(loaded, screen)
         note_report(loaded, report, screen)
         return code
 

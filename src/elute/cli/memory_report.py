@@ -79,13 +79,11 @@ class MemoryReport:
         """Closes the model, whose memory the prediction needs for what it measures."""
         from elute.bench.budget import predict_run
         from elute.formats.packed import PackedModel
-        from elute.npu.prompts import PromptExecutor
         from elute.runtime.executor import Executor
 
-        model, executor = self._model, self._model.executor
-        if isinstance(executor, PromptExecutor):
-            executor = executor.host
+        model = self._model
         assert model.flash is not None
+        executor = model.executor if model.prompts is None else model.prompts.host
         assert isinstance(executor, Executor)
         plan, n_threads, kernels = model.flash.plan, executor.n_threads, executor.kernels
         cache_type, path = executor.cache_type, model.path

@@ -141,6 +141,13 @@ npu_options = _all(
     ),
     npu_pruning,
     npu_chunk,
+    click.option(
+        "--npu-hot",
+        metavar="SHARE|SIZE",
+        help="With --npu, weight rows of outliers that stay in memory: a share of the int8 "
+        "weights, 0 to 1, or a size such as 64M. Others are made, or read, when they are wanted, "
+        "with the same answers.  [default: 0.03]",
+    ),
 )
 
 load_options = _all(
@@ -235,6 +242,7 @@ def load_model(model: str, screen: Screen, options: dict[str, Any]) -> Model:
         npu=options["npu"],
         npu_pruning=options["npu_pruning"],
         npu_chunk=options["npu_chunk"],
+        npu_hot=options["npu_hot"],
         checked=options.get("checked", False),
         score_bytes=options.get("score_bytes"),
         progress=screen,

@@ -71,6 +71,7 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
                 _print_json(model, done, load_s, report)
             else:
                 screen.note(figures_line(done.figures, bits_per_weight=model.bits_per_weight))
+                note_npu(model, screen)
                 note_report(model, report, screen)
     return EXIT_INTERRUPTED if done.finish_reason == "cancelled" else 0
 
@@ -104,6 +105,14 @@ def _read_stdin() -> str:
         raise FormatError(
             f"stdin: byte {error.start} is not UTF-8; convert the prompt to UTF-8"
         ) from None
+
+
+def note_npu(model: Model, screen: Screen) -> None:
+    """What a device did for the prompts."""
+    from elute.cli.screen import npu_line
+
+    if model.prompts is not None:
+        screen.note(npu_line(model.prompts))
 
 
 def note_report(model: Model, report: MemoryReport | None, screen: Screen) -> None:
@@ -167,7 +176,13 @@ def answer(
 
 
 def _print_json(model: Model, done: Completion, load_s: float, report: MemoryReport | None) -> None:
-    from elute.cli.screen import answer_json, figures_json, flash_json, seconds_since_start
+    from elute.cli.screen import (
+        answer_json,
+        figures_json,
+        flash_json,
+        npu_json,
+        seconds_since_start,
+    )
 
     value: dict[str, Any] = {
         "model": model.name,
@@ -182,6 +197,8 @@ def _print_json(model: Model, done: Completion, load_s: float, report: MemoryRep
     }
     if model.flash is not None:
         value["flash"] = flash_json(model.flash)
+    if model.prompts is not None:
+        value["npu"] = npu_json(model.prompts)
     if done.logprobs:
         value["logprobs"] = [
             {

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from rich.progress import Progress, TaskID
 
     from elute.flash.weights import FlashWeights
+    from elute.npu.prompts import PromptExecutor
     from elute.runtime.engine import Figures
 
 MIB = 1 << 20
@@ -142,6 +143,37 @@ def flash_json(weights: FlashWeights) -> dict[str, Any]:
         "read_bytes": read,
         "waited_s": round(waited_s, 4),
         "found_in_memory": None if found is None else round(found, 4),
+    }
+
+
+def npu_line(prompts: PromptExecutor) -> str:
+    """What a device did for the prompts, and its shadows."""
+    figures = prompts.figures()
+    counts, hits, clipped = figures.counts, figures.hit_rate, figures.clipped_share
+    repaired = counts.saturated / counts.outputs if counts.outputs else None
+    return (
+        f"npu {prompts.device} · {figures.tokens} tokens"
+        + ("" if clipped is None else f" · {100 * clipped:.2f} % of inputs clipped")
+        + ("" if repaired is None else f" · {100 * repaired:.2f} % of outputs repaired")
+        + f" · {figures.wanted} rows for shadows"
+        + ("" if hits is None else f", {100 * hits:.0f} % of them in memory")
+        + f" ({figures.hot_bytes / 1e6:.1f} MB) · {figures.read_bytes / 1e6:.1f} MB read for them"
+    )
+
+
+def npu_json(prompts: PromptExecutor) -> dict[str, Any]:
+    """The same under the keys of --json."""
+    figures = prompts.figures()
+    counts, hits, clipped = figures.counts, figures.hit_rate, figures.clipped_share
+    return {
+        "device": prompts.device,
+        "tokens": figures.tokens,
+        "clipped_share": None if clipped is None else round(clipped, 6),
+        "repaired_outputs": counts.saturated,
+        "shadow_rows": figures.wanted,
+        "shadow_rows_in_memory": None if hits is None else round(hits, 4),
+        "hot_bytes": figures.hot_bytes,
+        "shadow_read_bytes": figures.read_bytes,
     }
 
 

@@ -155,6 +155,29 @@ class FlashWeights:
             offset=record.bank_offset,
         )
 
+    def planes_at(self, name: str) -> tuple[str, int]:
+        """File and offset of the planes of a matrix in panels."""
+        record = self._packed.records[name]
+        planes = next(iter(record.parts()))
+        return record.file, self._packed.shards[record.file].offset(name + planes.suffix)
+
+    def bank_blocks(self, name: str) -> U8 | None:
+        """Blocks u8 [n_blocks, block_bytes] of a bank that is in memory whole, else None."""
+        if name not in self._bank_at:
+            return None
+        bank, at = self._packed.banks[name], self._bank_at[name]
+        return self._memory[at : at + bank.n_bytes].reshape(bank.n_blocks, bank.block_bytes)
+
+    @property
+    def all_in_memory(self) -> bool:
+        return not self.plan.staging and not self.plan.places
+
+    @property
+    def reading(self) -> tuple[str, bool, PageSums | None, int]:
+        """How it reads: reader, direct, sums, gap_bytes."""
+        reader, _, _, direct = self._options
+        return reader, direct, self._sums, self._gap_bytes
+
     def open_banks(self, uses: Sequence[banks.BankUse]) -> _native.BankCache:
         """For an executor whose linears use banks so. One executor at a time."""
         packed, plan = self._packed, self.plan

@@ -11,20 +11,21 @@ import numpy as np
 from elute.errors import EluteError, FormatError
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import Choice
+from elute.npu.codes import Codes
 from elute.npu.device import Q_MAX, Device, Graph, Outputs, Product, Profile, Progress
 from elute.npu.linear import StaticLinear
-from elute.npu.rows import Rows, weight_rows, weight_scales
+from elute.npu.rows import Rows, weight_scales
 from elute.npu.sites import Site
-from elute.types import F32, I8, I64, PackedMatrix
+from elute.types import F32, I8, I64
 
 HOT_SHARE = 0.03  # rows that stay in memory, of the bytes of all int8 weights
 
-Matrices = Callable[[str], PackedMatrix]
+CodesOf = Callable[[Site], Codes]
 
 
 def assemble(
     sites: Sequence[Site],
-    matrices: Matrices,
+    codes_of: CodesOf,
     statistics: Mapping[str, SiteStatistics],
     choices: Mapping[str, Choice],
     device: Device,
@@ -39,7 +40,7 @@ def assemble(
     """static_linears of a device, and loads it. Raises as both do."""
     linears = static_linears(
         sites,
-        matrices,
+        codes_of,
         statistics,
         choices,
         device.profile,
@@ -55,7 +56,7 @@ def assemble(
 
 def static_linears(
     sites: Sequence[Site],
-    matrices: Matrices,
+    codes_of: CodesOf,
     statistics: Mapping[str, SiteStatistics],
     choices: Mapping[str, Choice],
     profile: Profile,
@@ -82,17 +83,16 @@ def static_linears(
     hot = _hot(sites, statistics, choices, hot_share)
     linears = []
     for site in sites:
-        found, choice = statistics[site.name], choices[site.name]
+        found, choice, codes = statistics[site.name], choices[site.name], codes_of(site)
         scale = float(np.float32(choice.bound(found.input)) / np.float32(Q_MAX))
         products = tuple(
-            _product(name, matrices, scales, scale, seen, profile, (identity, str(chunk)), isa)
-            for name, scales, seen in zip(
-                site.weights, scaled[site.name], found.output_scales, strict=True
+            _product(site, i, codes, scales, scale, seen, profile, (identity, str(chunk)))
+            for i, (scales, seen) in enumerate(
+                zip(scaled[site.name], found.output_scales, strict=True)
             )
         )
-        held = [matrices(name) for name in site.weights]
         with _naming(site.name):
-            rows = Rows(held, scaled[site.name], hot[site.name], isa=isa)
+            rows = Rows(codes, scaled[site.name], hot[site.name])
         graph = Graph(chunk, products)
         linears.append(
             StaticLinear(site, graph, profile.outputs, rows, shadow=choice.shadow, isa=isa)
@@ -101,24 +101,27 @@ def static_linears(
 
 
 def _product(
-    name: str,
-    matrices: Matrices,
+    site: Site,
+    index: int,
+    codes: Codes,
     scales: F32,
     input_scale: float,
     output_scale: float,
     profile: Profile,
     told: tuple[str, ...],
-    isa: str,
 ) -> Product:
+    name = site.weights[index]
+
     def weights() -> I8:
         with _naming(name):
-            return weight_rows(matrices(name), scales, isa=isa)
+            return codes.rows(index, scales)
 
     scale = output_scale if profile.outputs is Outputs.INT8 else None
     digest = hashlib.sha256("\0".join((*told, name, repr(input_scale), repr(scale))).encode())
     digest.update(scales.tobytes())
-    shape = matrices(name).shape
-    return Product(name, shape, weights, scales, input_scale, scale, digest.hexdigest())
+    return Product(
+        name, codes.shapes[index], weights, scales, input_scale, scale, digest.hexdigest()
+    )
 
 
 @contextmanager
@@ -138,30 +141,30 @@ def _hot(
     share: float,
 ) -> dict[str, I64]:
     """The channels with most outliers for each byte of their rows, over all sites, as far as
-    `share` goes."""
+    `share` goes; of those that had none, the ones that came nearest to it first."""
     budget = share * sum(
         found.input.channels.size * sum(p.size for p in found.peaks)
         for found in statistics.values()
     )
-    names, channels, counts, sizes = [], [], [], []
+    names, channels, counts, nearness, sizes = [], [], [], [], []
     for i, site in enumerate(sites):
         choice = choices[site.name]
         if not choice.shadow:
             continue
         found = statistics[site.name]
-        outliers = found.outliers[choice]
+        outliers, peaks = found.outliers[choice], found.input.channels / choice.bound(found.input)
         if site.columns is not None:
-            outliers = outliers[site.columns]
-        seen = np.flatnonzero(outliers)
-        names.append(np.full(seen.size, i))
-        channels.append(seen)
-        counts.append(outliers[seen])
-        sizes.append(np.full(seen.size, sum(p.size for p in found.peaks)))
+            outliers, peaks = outliers[site.columns], peaks[site.columns]
+        names.append(np.full(outliers.size, i))
+        channels.append(np.arange(outliers.size))
+        counts.append(outliers)
+        nearness.append(peaks)
+        sizes.append(np.full(outliers.size, sum(p.size for p in found.peaks)))
     hot: dict[str, list[int]] = {site.name: [] for site in sites}
     if names:
         of_site, channel = np.concatenate(names), np.concatenate(channels)
         size = np.concatenate(sizes)
-        order = np.argsort(-np.concatenate(counts) / size, kind="stable")
+        order = np.lexsort((-np.concatenate(nearness), -np.concatenate(counts) / size))
         kept = order[size[order].cumsum() <= budget]
         for i in kept:
             hot[sites[of_site[i]].name].append(int(channel[i]))

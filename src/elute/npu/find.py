@@ -7,9 +7,10 @@ NPU is also faster than this CPU is measured by who asks.
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Protocol
 
 from elute.errors import NOTE, DeviceError, UnsupportedError
 from elute.npu.device import Device
@@ -38,18 +39,23 @@ class Found:
     version: str
 
 
+class Opener(Protocol):
+    def __call__(self, *, lean: bool = False) -> Device:
+        """Makes the device. lean: one in this process that need not keep its weights does not."""
+
+
 @dataclass(frozen=True)
 class Choice:
     """What `--npu` came to. open: makes the device; None: prompts stay on the CPU, for `why`."""
 
-    open: Callable[[], Device] | None
+    open: Opener | None
     found: Found | None
     why: str
 
 
 def survey() -> list[Found]:
     """All devices, those that `auto` prefers first. Loads the runtimes that are installed."""
-    return [_qnn(), _openvino(), _cpu(), _sim()]
+    return [find() for find in _FINDERS.values()]
 
 
 def taken_by_auto(found: Sequence[Found]) -> Found | None:
@@ -76,13 +82,13 @@ def choose(name: str, *, folder: Path | None = None) -> Choice:
     soc = soc_named(chip) if chip else None
     if wanted == "off":
         return Choice(None, None, "--npu off")
-    found = survey()
+    found = survey() if wanted == "auto" else [_FINDERS[wanted]()]  # each loads a runtime
     if wanted == "auto":
         taken = taken_by_auto(found)
         missing = "; ".join(each.why for each in found if each.name in ("qnn", "openvino"))
         why = f"no NPU here ({missing})" if taken is None else taken.why
     else:
-        named = next(each for each in found if each.name == wanted)
+        (named,) = found
         taken, why = (named if named.present else None), named.why
     if taken is None and required:
         raise DeviceError(f"--npu {name}: {why}; use --npu off")
@@ -95,12 +101,12 @@ def choose(name: str, *, folder: Path | None = None) -> Choice:
     return Choice(_opener(taken.name, folder, soc), taken, why)
 
 
-def _opener(name: str, folder: Path | None, soc: Soc | None) -> Callable[[], Device]:
-    def open_device() -> Device:
+def _opener(name: str, folder: Path | None, soc: Soc | None) -> Opener:
+    def open_device(*, lean: bool = False) -> Device:
         if name == "sim":
-            from elute.npu.sim import Sim
+            from elute.npu.sim import Keep, Sim
 
-            return Sim()
+            return Sim(keep=Keep.NOTHING if lean else Keep.INT8)
         if name == "openvino":
             from elute.npu.openvino import OpenVino
 
@@ -156,6 +162,9 @@ def _sim() -> Found:
     import numpy as np
 
     return Found("sim", True, True, "numpy on this CPU", np.__version__)
+
+
+_FINDERS = {"qnn": _qnn, "openvino": _openvino, "cpu": _cpu, "sim": _sim}
 
 
 def _onnx() -> None:

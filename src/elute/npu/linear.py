@@ -21,7 +21,7 @@ import numpy.typing as npt
 from elute import _native
 from elute.errors import DeviceError
 from elute.npu.device import Q_MAX, Graph, Outputs
-from elute.npu.rows import Rows
+from elute.npu.rows import Rows, Wanted
 from elute.npu.sites import Site
 from elute.types import F32, I8, I32, I64
 
@@ -42,6 +42,8 @@ class Pending:
 
     q          i8 [rows, K], beyond the tokens 0
     starts     i32 [n_tokens + 1], channels, residuals i32 [n]
+    slots      i32 [n], which of the wanted rows each residual is multiplied by
+    wanted     rows of the weights, on their way; None: there is nothing to add
     results    of the device, for each product [rows, N]
     shadow     i32 or i64 [n_tokens, N of all products]
     """
@@ -51,8 +53,15 @@ class Pending:
     starts: I32
     channels: I32
     residuals: I32
+    slots: I32 | None = None
+    wanted: Wanted | None = None
     results: Sequence[npt.NDArray[Any]] = ()
     shadow: I32 | I64 | None = None
+
+    def close(self) -> None:
+        """It is not gone on with."""
+        if self.wanted is not None:
+            self.wanted.close()
 
 
 class StaticLinear:
@@ -81,7 +90,7 @@ class StaticLinear:
         return self.graph.name
 
     def split(self, x: F32) -> Pending:
-        """x f32 [M, K] -> what the device gets, and what not.
+        """x f32 [M, K] -> what the device gets, and what not, whose weights are read from now on.
 
         Raises DeviceError for values that are not finite.
         """
@@ -97,20 +106,36 @@ class StaticLinear:
         q[: len(x)] = clipped
         self.counts.inputs += x.size
         self.counts.clipped += residuals.size
-        return Pending(len(x), q, starts, channels, residuals)
+        pending = Pending(len(x), q, starts, channels, residuals)
+        if self.shadow and residuals.size:
+            seen = np.zeros(x.shape[1], np.bool_)
+            seen[channels] = True
+            pending.slots = (np.cumsum(seen, dtype=np.int32) - 1)[channels]
+            pending.wanted = self.rows.ask(np.flatnonzero(seen))
+        return pending
 
     def add_shadow(self, pending: Pending) -> None:
-        """What the device clipped, times the weights."""
-        if not self.shadow or not pending.residuals.size:
+        """What the device clipped, times weights. Raises DeviceError where they cannot be read."""
+        if pending.wanted is None:
             return
-        wanted, slots = np.unique(pending.channels, return_inverse=True)
-        pending.shadow = _native.shadow_product(
-            self._isa,
-            pending.starts,
-            slots.astype(np.int32),
-            pending.residuals,
-            self.rows.of(wanted),
-        )
+        assert pending.slots is not None
+        total: I64 | None = None
+        for cut, rows in pending.wanted.parts():
+            whole = len(pending.wanted.cuts) == 1
+            starts, slots, residuals = (
+                (pending.starts, pending.slots, pending.residuals)
+                if whole
+                else _of_slots(cut, pending.starts, pending.slots, pending.residuals)
+            )
+            product = _native.shadow_product(self._isa, starts, slots, residuals, rows)
+            if whole:
+                pending.shadow = product
+                return
+            if total is None:
+                total = product.astype(np.int64)
+            else:
+                total += product
+        pending.shadow = total
 
     def finish(self, pending: Pending, outputs: Sequence[F32]) -> None:
         """Writes y f32 [M, N] of each product, bias included, into `outputs`."""
@@ -159,3 +184,10 @@ class StaticLinear:
         factors, bias = self._factors[i], self.site.biases[i]
         exact = sums.astype(np.float32) * (factors if factors.size == 1 else factors[outputs])
         y[tokens, outputs] = exact if bias is None else exact + bias[outputs]
+
+
+def _of_slots(cut: slice, starts: I32, slots: I32, residuals: I32) -> tuple[I32, I32, I32]:
+    """The residuals of some slots alone, counted from the first of them."""
+    mine = (slots >= cut.start) & (slots < cut.stop)
+    before = np.concatenate([[0], np.cumsum(mine, dtype=np.int32)]).astype(np.int32)
+    return before[starts], slots[mine] - np.int32(cut.start), residuals[mine]

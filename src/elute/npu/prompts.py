@@ -34,13 +34,27 @@ NEAR_ENOUGH = 1.01
 class Figures:
     """Of the prompts so far.
 
-    found     of the weight rows that shadows wanted, those that were in memory
+    wanted, found  weight rows that shadows wanted, and of those the ones that were in memory
+    read_bytes     from flash, for the others
+    hot_bytes      of rows that stay in memory
     """
 
     tokens: int
     counts: Counts
     wanted: int
     found: int
+    read_bytes: int
+    hot_bytes: int
+
+    @property
+    def clipped_share(self) -> float | None:
+        """Of the values of all inputs; None before the first."""
+        return self.counts.clipped / self.counts.inputs if self.counts.inputs else None
+
+    @property
+    def hit_rate(self) -> float | None:
+        """None where no row was wanted."""
+        return self.found / self.wanted if self.wanted else None
 
 
 class PromptExecutor:
@@ -97,7 +111,10 @@ class PromptExecutor:
             segments.cached(position)  # an interrupted prompt leaves no mixture
             work = _Work(self.linears, self._device, segments, chunks, graph.in_flight, all_logits)
             times = {task: self._seconds[task.stage, task.worker] for task in graph.tasks}
-            self.last = run(graph, self._rule(graph, times), times, work)
+            try:
+                self.last = run(graph, self._rule(graph, times), times, work)
+            finally:
+                work.close()
             segments.cached(position + tokens.size)
         self._remember()
         self._tokens += tokens.size
@@ -130,7 +147,9 @@ class PromptExecutor:
             counts.saturated += linear.counts.saturated
         wanted = sum(linear.rows.wanted for linear in self.linears)
         found = sum(linear.rows.found for linear in self.linears)
-        return Figures(self._tokens, counts, wanted, found)
+        read_bytes = sum(linear.rows.read_bytes for linear in self.linears)
+        hot_bytes = sum(linear.rows.nbytes for linear in self.linears)
+        return Figures(self._tokens, counts, wanted, found, read_bytes, hot_bytes)
 
     def _rule(self, graph: Graph, times: Times) -> Policy:
         if self._policy is not None:
@@ -176,6 +195,12 @@ class _Work:
     @property
     def logits(self) -> list[F32]:
         return [self._logits[chunk] for chunk in sorted(self._logits)]
+
+    def close(self) -> None:
+        """Nothing is under way any more, whatever it left behind."""
+        for pending in self._pending:
+            if pending is not None:
+                pending.close()
 
     def __call__(self, task: Task) -> None:
         site, is_product = divmod(task.stage, 2)

@@ -21,6 +21,7 @@ PROFILES = {
     "htp": Profile("htp", per_channel=True, outputs=Outputs.INT8),
     "one-scale": Profile("one-scale", per_channel=False, outputs=Outputs.INT8),
 }
+SLICE = 1024  # outputs at a time: their weights are widened to 4 MiB of f32
 EXACT_K = 1024  # 128 * 127 * 1024 < 2**24: every sum of so many products is an f32, in any order
 
 
@@ -43,7 +44,10 @@ def integer_product(x: I8, w: I8 | F32) -> I32:
     for start in range(0, x.shape[1], EXACT_K):
         block = slice(start, start + EXACT_K)
         left = x[:, block].astype(np.float32)
-        acc += (left @ w[:, block].astype(np.float32, copy=False).T).astype(np.int32)
+        for first in range(0, w.shape[0], SLICE):
+            outputs = slice(first, first + SLICE)
+            right = w[outputs, block].astype(np.float32, copy=False)
+            acc[:, outputs] += (left @ right.T).astype(np.int32)
     return acc
 
 

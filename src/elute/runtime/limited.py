@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import psutil
 
-from elute.errors import NOTE
+from elute.errors import NOTE, BudgetError
 from elute.flash.disk import measured
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
@@ -18,9 +19,12 @@ from elute.kernels import registry
 from elute.kernels.registry import Choice
 from elute.model.ops import OpList
 from elute.runtime import executor
-from elute.runtime.memory import fit, parse_size
+from elute.runtime.memory import Fit, fit, parse_size
 from elute.runtime.store import can_reorder
 from elute.runtime.threads import default_threads
+
+if TYPE_CHECKING:
+    from elute.runtime.npu_memory import NpuNeeds
 
 log = logging.getLogger(__name__)
 
@@ -38,27 +42,37 @@ def limited_weights(
     score_bytes: int | None,
     sums: PageSums | None,
     sparsity: float,
+    npu: NpuNeeds | None = None,
 ) -> tuple[FlashWeights, int, Mapping[int, Choice]]:
     """-> weights, context and kernels. Arguments are those of `api.load`, of whose errors it raises
     BudgetError and DeviceError. Says what was chosen.
+
+    npu  what prompts through a device take; it keeps its weights where all else is in memory too,
+         and then plan.fixed["npu"] is npu.kept
     """
     budget = parse_size(memory)
     # Raced before the weights are there: it takes memory of its own for a moment.
     widths = {r.bits for r in packed.records.values() if isinstance(r, MatrixRecord)}
     kernels = registry.choose(executor.chosen_isa(isa), widths, kernel, folder=folder)
-    found = fit(
-        packed,
-        ops,
-        budget,
-        process=psutil.Process().memory_info().rss,
-        context=context,
-        cache_type=cache_type,
-        chunk=executor.CHUNK,
-        n_threads=default_threads() if threads is None else threads,
-        logits=score_bytes or 0,
-        by_channel=bool(packed.banks),
-        sparsity=sparsity,
-    )
+    process = psutil.Process().memory_info().rss
+
+    def planned(npu_bytes: int) -> Fit:
+        return fit(
+            packed,
+            ops,
+            budget,
+            process=process,
+            context=context,
+            cache_type=cache_type,
+            chunk=executor.CHUNK,
+            n_threads=default_threads() if threads is None else threads,
+            logits=score_bytes or 0,
+            by_channel=bool(packed.banks),
+            sparsity=sparsity,
+            npu=npu_bytes,
+        )
+
+    found = planned(0) if npu is None else _with_device(planned, npu)
     plan = found.plan
     if plan.places and sparsity and can_reorder(packed):
         log.log(
@@ -102,6 +116,18 @@ def limited_weights(
         plan,
         depth=disk.depth_of(plan.missed // len(plan.places)),
         request_bytes=disk.request_bytes,
+        gap_bytes=disk.gap_bytes,
         sums=sums,
     )
     return weights, found.context, kernels
+
+
+def _with_device(planned: Callable[[int], Fit], npu: NpuNeeds) -> Fit:
+    if npu.kept != npu.lean:
+        try:
+            found = planned(npu.kept)
+        except BudgetError:
+            return planned(npu.lean)
+        if not found.plan.places and not found.plan.staging:
+            return found
+    return planned(npu.lean)

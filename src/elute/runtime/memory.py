@@ -100,10 +100,11 @@ def fit(
     logits: int = 0,
     by_channel: bool = False,
     sparsity: float = 0.0,
+    npu: int = 0,
 ) -> Fit:
     """Splits `budget`; `process` is what the process holds before the weights, `logits` what a step
-    of scoring may ask for; by_channel: of a model in channel order, or to be put in it, of whose
-    weights `sparsity` do not count.
+    of scoring may ask for, `npu` what prompts through a device take; by_channel: of a model in
+    channel order, or to be put in it, of whose weights `sparsity` do not count.
 
     Without a context, the model's own, but at most DEFAULT_CONTEXT. Raises BudgetError, naming the
     least budget that works.
@@ -129,6 +130,8 @@ def fit(
         "cache": cache_bytes(ops, chosen, kind),
         "scratch": scratch_bytes(ops, chunk=chunk, n_threads=n_threads, context=chosen),
     }
+    if npu:
+        fixed["npu"] = npu
     if logits:
         fixed["logits"] = scoring_bytes(ops, logits)
     experts = [op for op in ops.ops if isinstance(op, Experts)]

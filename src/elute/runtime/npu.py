@@ -10,28 +10,78 @@ from pathlib import Path
 
 import numpy as np
 
+from elute import _native
 from elute.errors import NOTE, DeviceError, ShapeError, UnsupportedError
+from elute.flash.fetch import Fetcher
+from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
 from elute.model.families import op_list
+from elute.model.ops import Experts, Linear, OpList
 from elute.npu import find, saved
-from elute.npu.assemble import HOT_SHARE, assemble, static_linears
+from elute.npu.assemble import assemble, static_linears
 from elute.npu.calibrate import WINDOW, SiteStatistics, calibrate
 from elute.npu.choices import check_pruned, choose
 from elute.npu.device import Device, Progress
 from elute.npu.offline import Compiled, compile_for
 from elute.npu.ort import PROFILES
-from elute.npu.prompts import PromptExecutor
+from elute.npu.prompts import IN_FLIGHT, PromptExecutor
 from elute.npu.soc import Soc
 from elute.pack.reorder import dequantized
+from elute.runtime import npu_memory
 from elute.runtime.calibration import calibration_file, fingerprint
 from elute.runtime.executor import CHUNK, Executor
-from elute.types import PackedMatrix
+from elute.runtime.flash_codes import codes_of, least_half
+from elute.runtime.npu_memory import NpuNeeds
+from elute.types import WeightSource
 
 log = logging.getLogger(__name__)
 
 DEFAULT_PRUNING = 0.35  # docs/npu.md has the table that says so
 _TRIALS = 3
 _NO_SITES = "the model has no linear layers outside of experts"
+
+
+def npu_calibration_file(packed: PackedModel) -> Path:
+    """Where the calibration is kept."""
+    return calibration_file(packed).with_name(saved.FILE)
+
+
+def chosen_for_budget(
+    wanted: str,
+    packed: PackedModel,
+    ops: OpList,
+    *,
+    chunk: int = CHUNK,
+    hot: float | str | None = None,
+    folder: Path,
+) -> tuple[find.Choice, NpuNeeds | None]:
+    """What with_npu will use, and what of a budget it takes, which is to be known before the
+    weights are there; None where prompts stay on the CPU, said why.
+
+    Under a budget nothing is calibrated: that wants whole layers as floats. Raises as with_npu.
+    """
+    _check_chunk(chunk)
+    records = packed.records
+    int8 = npu_memory.int8_bytes(ops, records)
+    hot_bytes = npu_memory.hot_bytes(hot, int8)
+    chosen = find.choose(wanted, folder=folder)
+    if chosen.open is None or chosen.found is None or not int8:
+        return chosen, None
+    if not npu_calibration_file(packed).is_file():
+        why = _uncalibrated(packed)
+        if wanted.startswith(find.REQUIRE):
+            raise DeviceError(f"--npu {wanted}: {why}")
+        log.log(NOTE, "npu: %s; prompts run on the CPU", why)
+        return find.Choice(None, chosen.found, why), None
+    return chosen, npu_memory.npu_needs(
+        ops,
+        records,
+        device=chosen.found.name,
+        emulated=chosen.found.emulated,
+        chunk=chunk,
+        hot=hot_bytes,
+        half_bytes=least_half(packed, _widest(ops)),
+    )
 
 
 def measured_for_npu(
@@ -58,11 +108,6 @@ def measured_for_npu(
         else:  # of less than others would measure: theirs should not hang on this
             log.log(NOTE, "npu: not kept, since a context of %d is short", executor.context)
     return found
-
-
-def npu_calibration_file(packed: PackedModel) -> Path:
-    """Where the calibration is kept."""
-    return calibration_file(packed).with_name(saved.FILE)
 
 
 def compiled_for(
@@ -92,7 +137,7 @@ def compiled_for(
         )
     linears = static_linears(
         executor.sites,
-        packed.matrix,
+        codes_of(packed, packed, None, isa=executor.isa),
         statistics,
         choose({name: found.effects for name, found in statistics.items()}, pruning),
         PROFILES["qnn"],
@@ -114,60 +159,67 @@ def _check_chunk(chunk: int) -> None:
 def with_npu(
     executor: Executor,
     packed: PackedModel,
-    matrices: Callable[[str], PackedMatrix],
+    weights: WeightSource,
     wanted: str,
     tokens: Callable[[], Sequence[int]],
     *,
+    ops: OpList,
+    chosen: find.Choice | None = None,
+    needs: NpuNeeds | None = None,
     pruning: float = DEFAULT_PRUNING,
     chunk: int = CHUNK,
-    hot_share: float = HOT_SHARE,
-    lacking: str = "",
+    hot: float | str | None = None,
     folder: Path,
     progress: Progress | None = None,
 ) -> PromptExecutor | None:
     """The executor whose prompts a device multiplies; None: prompts stay on the CPU, said why.
 
+    weights   the executor's own: the packed model, or what is in memory of it
     wanted    of --npu; see npu.find.choose
-    matrices  of the packed model, in memory or mapped
     tokens    of the text that a calibration takes, where there is none yet
-    lacking   why the matrices are not all there, so that no device can take them; empty: they are
+    chosen, needs  of chosen_for_budget, where memory is limited
+    hot       of the weight rows of outliers, what stays in memory: see npu_memory.hot_bytes
     folder    where compiled graphs are kept
 
-    Raises DeviceError where a device is required and fails, UnsupportedError for a name that is
-    none or for what is lacking where a device is required, ShapeError for a chunk or share out of
-    bounds.
+    Raises DeviceError where a device is required and fails, or weights cannot be read,
+    UnsupportedError for a name that is none, ShapeError for a chunk or share out of bounds.
     """
     check_pruned(pruning)
     _check_chunk(chunk)
-    chosen = find.choose(wanted, folder=folder)
+    int8 = npu_memory.int8_bytes(ops, packed.records)
+    hot_bytes = npu_memory.hot_bytes(hot, int8)
+    if chosen is None:
+        chosen = find.choose(wanted, folder=folder)
     if chosen.open is None:
-        return None
-    if lacking and wanted.startswith(find.REQUIRE):
-        raise UnsupportedError(f"--npu {wanted}: {lacking}; use --npu off")
-    if lacking:
-        log.log(NOTE, "--npu %s: %s; prompts run on the CPU", wanted, lacking)
         return None
     if not executor.sites:
         log.log(NOTE, "npu: %s; prompts run on the CPU", _NO_SITES)
         return None
-    statistics = measured_for_npu(packed, executor, tokens, progress=progress)
-    choices = choose({name: found.effects for name, found in statistics.items()}, pruning)
+    limited = weights if isinstance(weights, FlashWeights) else None
     device: Device | None = None
     try:
-        device = chosen.open()
+        statistics = _statistics(packed, executor, tokens, limited is not None, progress)
+        choices = choose({name: found.effects for name, found in statistics.items()}, pruning)
+        lean = limited is not None and limited.plan.fixed.get("npu") != (needs and needs.kept)
+        device = chosen.open(lean=lean)
         linears = assemble(
             executor.sites,
-            matrices,
+            codes_of(weights, packed, _fetcher(limited, ops), isa=executor.isa),
             statistics,
             choices,
             device,
             chunk=chunk,
             identity=fingerprint(packed),
             isa=executor.isa,
-            hot_share=hot_share,
+            hot_share=hot_bytes / int8,
             progress=progress,
         )
-        prompts = PromptExecutor(executor, linears, device, chunk=chunk)
+        del statistics
+        _native.return_freed_memory()  # megabytes of histograms
+        in_flight = IN_FLIGHT if limited is None else npu_memory.IN_FLIGHT
+        if limited is not None and not limited.all_in_memory and _has_experts(ops):
+            in_flight = 1  # experts are read once for each chunk that meets them
+        prompts = PromptExecutor(executor, linears, device, chunk=chunk, in_flight=in_flight)
         if wanted != "auto" or _is_faster(prompts, executor):
             return prompts
         device.close()
@@ -179,6 +231,53 @@ def with_npu(
             raise
         log.log(NOTE, "npu: %s; prompts run on the CPU", error)
         return None
+
+
+def _statistics(
+    packed: PackedModel,
+    executor: Executor,
+    tokens: Callable[[], Sequence[int]],
+    limited: bool,
+    progress: Progress | None,
+) -> dict[str, SiteStatistics]:
+    """Under a budget, what is kept with the model alone. Raises DeviceError where there is none."""
+    if not limited:
+        return measured_for_npu(packed, executor, tokens, progress=progress)
+    file = npu_calibration_file(packed)
+    found = saved.load(file, executor.sites, model=fingerprint(packed))
+    if found is None:
+        raise DeviceError(_uncalibrated(packed))
+    return found
+
+
+def _uncalibrated(packed: PackedModel) -> str:
+    return (
+        f"{packed.path}: found no calibration for an NPU, and --memory leaves no room to make one; "
+        "run once without --memory"
+    )
+
+
+def _fetcher(limited: FlashWeights | None, ops: OpList) -> Fetcher | None:
+    """For weights that are not in memory."""
+    if limited is None or limited.all_in_memory:
+        return None
+    reader, direct, sums, gap_bytes = limited.reading
+    return Fetcher(
+        limited.packed,
+        reader=reader,
+        gap_bytes=gap_bytes,
+        direct=direct,
+        half_bytes=least_half(limited.packed, _widest(ops)),
+        sums=sums,
+    )
+
+
+def _widest(ops: OpList) -> int:
+    return max(ops.registers[op.input] for op in ops.ops if isinstance(op, Linear))
+
+
+def _has_experts(ops: OpList) -> bool:
+    return any(isinstance(op, Experts) for op in ops.ops)
 
 
 def _is_faster(prompts: PromptExecutor, executor: Executor) -> bool:
