@@ -108,14 +108,14 @@ def _short(kind: str) -> str:
 def _page(path: Path, pruning: float, kinds: Mapping[str, Mapping[str, float]]) -> str:
     lines = [
         str(path),
-        f"pruning {pruning:g}       shadows   largest outlier   outliers     nats without"
-        "     chosen   with all",
+        f"{f'pruning {pruning:g}':<14}{'shadows':>12}{'largest outlier':>20}{'outliers':>10}"
+        f"{'nats without':>15}{'chosen':>11}{'with all':>11}",
     ]
     for name, found in kinds.items():
         shadows = f"{found['with_shadow']:.0f} of {found['inputs']:.0f}"
         lines.append(
             f"{name:<14}{shadows:>12}{found['largest_outlier']:>14.0f} steps"
-            f"{found['outlier_share']:>9.3%}{found['divergence_without']:>16.5f}"
+            f"{found['outlier_share']:>10.3%}{found['divergence_without']:>15.5f}"
             f"{found['divergence']:>11.5f}{found['divergence_with_all']:>11.5f}"
         )
     return "\n".join(lines)
