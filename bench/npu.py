@@ -211,14 +211,13 @@ def accuracy(bench: Bench) -> Iterator[Line]:
         yield Line(f"static, largest, {of}", shadows(widest, per_channel=per_channel))
         yield Line(f"all shadows, {of}", shadows(every, per_channel=per_channel))
         yield Line(f"default shadows, {of}", shadows(default, per_channel=per_channel))
-        for profile in ("htp",):
-            on = {"profile": profile, "per_channel": per_channel}
-            yield Line(f"all shadows, {of}, int8 out", shadows(every, **on))
-            yield Line(f"default shadows, {of}, int8 out", shadows(default, **on))
-            yield Line(
-                f"default shadows, {of}, int8 out, not repaired",
-                shadows(default, repair=False, **on),
-            )
+        htp = {"profile": "htp", "per_channel": per_channel}
+        yield Line(f"all shadows, {of}, int8 out", shadows(every, **htp))
+        yield Line(f"default shadows, {of}, int8 out", shadows(default, **htp))
+        yield Line(
+            f"default shadows, {of}, int8 out, not repaired",
+            shadows(default, repair=False, **htp),
+        )
         for alpha in ALPHAS:
             yield Line(
                 f"SmoothQuant {alpha}, {of}",
