@@ -58,6 +58,7 @@ from elute.npu.sim import Keep, Sim
 from elute.pack.reorder import dequantized
 from elute.runtime.calibration import own_text
 from elute.runtime.executor import CHUNK, Executor
+from elute.runtime.flash_codes import codes_of
 from elute.runtime.npu import DEFAULT_PRUNING, measured_for_npu
 from elute.runtime.store import open_packed
 from elute.types import F32, I32
@@ -127,7 +128,7 @@ class Bench:
         device = Sim(profile, keep=Keep.FLOAT)
         linears = assembled.assemble(
             self.host.sites,
-            self.packed.matrix,
+            codes_of(self.packed, self.packed, None, isa=self.host.isa),
             self.statistics if statistics is None else statistics,
             choices,
             device,
@@ -211,14 +212,13 @@ def accuracy(bench: Bench) -> Iterator[Line]:
         yield Line(f"static, largest, {of}", shadows(widest, per_channel=per_channel))
         yield Line(f"all shadows, {of}", shadows(every, per_channel=per_channel))
         yield Line(f"default shadows, {of}", shadows(default, per_channel=per_channel))
-        for profile in ("htp",):
-            on = {"profile": profile, "per_channel": per_channel}
-            yield Line(f"all shadows, {of}, int8 out", shadows(every, **on))
-            yield Line(f"default shadows, {of}, int8 out", shadows(default, **on))
-            yield Line(
-                f"default shadows, {of}, int8 out, not repaired",
-                shadows(default, repair=False, **on),
-            )
+        htp = {"profile": "htp", "per_channel": per_channel}
+        yield Line(f"all shadows, {of}, int8 out", shadows(every, **htp))
+        yield Line(f"default shadows, {of}, int8 out", shadows(default, **htp))
+        yield Line(
+            f"default shadows, {of}, int8 out, not repaired",
+            shadows(default, repair=False, **htp),
+        )
         for alpha in ALPHAS:
             yield Line(
                 f"SmoothQuant {alpha}, {of}",

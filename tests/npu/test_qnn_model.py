@@ -50,6 +50,7 @@ def compare(model: Path, home: Path, traces: Path, *, rows: int) -> dict[str, fl
     from elute.api import text_tokens
     from elute.formats.tokenizer import Tokenizer
     from elute.model.families import op_list
+    from elute.runtime.flash_codes import codes_of
 
     try:
         device = ort.Ort("qnn", traces=traces)
@@ -66,7 +67,7 @@ def compare(model: Path, home: Path, traces: Path, *, rows: int) -> dict[str, fl
     def logits(of):
         linears = assemble(
             executor.sites,
-            packed.matrix,
+            codes_of(packed, packed, None, isa=executor.isa),
             statistics,
             choices,
             of,

@@ -15,6 +15,7 @@ from elute.model.ops import OpList
 from elute.npu.assemble import assemble
 from elute.npu.calibrate import SiteStatistics, calibrate
 from elute.npu.choices import SHADOWED, Choice
+from elute.npu.codes import PanelCodes
 from elute.npu.device import Device
 from elute.npu.linear import StaticLinear
 from elute.npu.policies import InOrder
@@ -107,7 +108,7 @@ def linears(
     }
     return assemble(
         host.sites,
-        model.source.matrix,
+        lambda site: PanelCodes([model.source.matrix(n) for n in site.weights], isa=host.isa),
         counted,
         choices,
         device,

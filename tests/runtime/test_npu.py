@@ -15,14 +15,8 @@ from safetensors import safe_open
 from tiny_folder import save_tiny_folder
 
 import elute
-from elute.bench.random_packed import random_packed
-from elute.bench.random_weights import random_recipe
 from elute.cli.application import application
 from elute.errors import DeviceError, EluteError, FormatError, ShapeError, UnsupportedError
-from elute.flash.plan import least_window, solve
-from elute.flash.weights import FlashWeights, uses
-from elute.formats.packed import PackedModel
-from elute.model.families import op_list
 from elute.npu import find, saved
 from elute.npu.prompts import PromptExecutor
 from elute.npu.sim import Sim
@@ -333,72 +327,6 @@ def test_channel_order_is_a_sentence(
     assert "weights in channel order, wanted panel order; prompts run on the CPU" in told(caplog)
     with pytest.raises(UnsupportedError, match=r"--npu require:sim: .* channel order, .*--npu off"):
         load(npu="require:sim", sparsity=0.3, memory="2G")
-
-
-CONFIG = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "vocab_size": 512,
-    "max_position_embeddings": 512,
-}
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> PackedModel:
-    from elute.bench.shapes import CONFIGS
-
-    return random_packed(
-        {**CONFIGS["llama-3.2-1b"], **CONFIG},
-        random_recipe(bits=4, outer_bits=6),
-        tmp_path_factory.mktemp("flash") / "model",
-    )
-
-
-def test_weights_that_pass_through_memory_are_not_given_to_a_device(
-    packed: PackedModel, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    """Their memory holds what was read last: products of it would be of anything."""
-    from elute.api import _lacking_for_npu
-
-    ops = op_list(packed.config)
-    order = uses(ops, packed)
-    tokens = (np.arange(300) * 7 % 500).astype(np.int32)
-    results = []
-    for share in (2.0, 0.3):
-        room = int(share * sum(use.total for use in order))
-        weights = FlashWeights(packed, ops, solve(least_window(order) + room, {}, order))
-        executor = Executor(ops, weights, n_threads=1)
-        lacking = _lacking_for_npu(packed, weights)
-        assert bool(lacking) == bool(weights.plan.places) == (share < 1)
-        with caplog.at_level(logging.INFO):
-            made = npu.with_npu(
-                executor,
-                packed,
-                weights.matrix,
-                "sim",
-                tokens.tolist,
-                lacking=lacking,
-                folder=tmp_path,
-            )
-        assert (made is None) == (share < 1)
-        results.append(executor.forward(tokens, 0))
-        if lacking:
-            with pytest.raises(UnsupportedError, match="--npu require:sim: memory: found a budget"):
-                npu.with_npu(
-                    executor,
-                    packed,
-                    weights.matrix,
-                    "require:sim",
-                    tokens.tolist,
-                    lacking=lacking,
-                    folder=tmp_path,
-                )
-    assert "wanted one that they do; prompts run on the CPU" in told(caplog)
-    assert np.array_equal(*results)
 
 
 def command(cache: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
