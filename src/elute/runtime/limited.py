@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -124,10 +125,8 @@ def limited_weights(
 
 def _with_device(planned: Callable[[int], Fit], npu: NpuNeeds) -> Fit:
     if npu.kept != npu.lean:
-        try:
+        with suppress(BudgetError):  # then the least budget is that of the other
             found = planned(npu.kept)
-        except BudgetError:
-            return planned(npu.lean)
-        if not found.plan.places and not found.plan.staging:
-            return found
+            if not found.plan.places and not found.plan.staging:
+                return found
     return planned(npu.lean)
