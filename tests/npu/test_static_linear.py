@@ -10,9 +10,10 @@ from test_executor import InMemory
 
 from elute.errors import DeviceError
 from elute.npu import reference
+from elute.npu.codes import PanelCodes, panel_rows
 from elute.npu.device import Graph, Outputs, Product, requantized
 from elute.npu.linear import Pending, StaticLinear
-from elute.npu.rows import Rows, weight_rows, weight_scales
+from elute.npu.rows import Rows, weight_scales
 from elute.npu.sim import PROFILES, Sim
 from elute.npu.sites import Site
 from elute.quantize.rtn import quantize
@@ -51,7 +52,7 @@ class Made:
             quantize(dense[n], bits=4, group_size=32, symmetric=True).dequantize() for n in names
         ]
         scales = [weight_scales(np.abs(w).max(axis=1), per_channel=per_channel) for w in exact]
-        self.w = [weight_rows(m, s, isa=isa) for m, s in zip(matrices, scales, strict=True)]
+        self.w = [panel_rows(m, s, isa=isa) for m, s in zip(matrices, scales, strict=True)]
         output_scale = None if profile == "sim" else 0.7
         products = tuple(
             Product(n, w.shape, lambda w=w: w, s, scale, output_scale, n)
@@ -59,7 +60,7 @@ class Made:
         )
         bias = random.normal(0, 3, WIDTHS[1]).astype(np.float32)
         site = Site(0, 0, (1, 2), names, (None, bias), self.columns)
-        rows = Rows(matrices, scales, np.arange(0, 2 * hot, 2), isa=isa)
+        rows = Rows(PanelCodes(matrices, isa=isa), scales, np.arange(0, 2 * hot, 2))
         self.device = Sim(profile)
         self.linear = StaticLinear(
             site, Graph(ROWS, products), self.device.profile.outputs, rows, shadow=shadow, isa=isa
@@ -169,11 +170,18 @@ def test_hot_rows_change_no_bit(x: np.ndarray, hot: int) -> None:
             assert np.array_equal(got, want)
         made = Made(profile, hot=hot)
         rows = made.linear.rows
-        none = Rows(rows._matrices, rows._scales, np.zeros(0, np.int64), isa="scalar")
+        none = Rows(rows._codes, rows._scales, np.zeros(0, np.int64))
         channels = np.unique(np.nonzero(x)[1])
-        assert np.array_equal(rows.of(channels), none.of(channels))
+        assert np.array_equal(whole(rows, channels), whole(none, channels))
         assert none.found == 0
         assert rows.found == (channels[channels % 2 == 0] < 2 * hot).sum()
+
+
+def whole(rows: Rows, channels: np.ndarray) -> np.ndarray:
+    found = np.zeros((channels.size, sum(WIDTHS)), np.int8)
+    for cut, part in rows.ask(channels).parts():
+        found[cut] = part
+    return found
 
 
 @given(x=inputs())

@@ -157,8 +157,8 @@ def missing(name: str) -> find.Found:
 
 @pytest.fixture
 def without_devices(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ("qnn", "openvino", "cpu", "sim")
-    monkeypatch.setattr(find, "survey", lambda: [missing(name) for name in names])
+    finders = {name: lambda name=name: missing(name) for name in find._FINDERS}
+    monkeypatch.setattr(find, "_FINDERS", finders)
 
 
 def test_a_missing_device_leaves_prompts_to_the_cpu_or_fails(
@@ -204,8 +204,8 @@ class Broken(Sim):
 
 def with_device(monkeypatch: pytest.MonkeyPatch, device: Sim) -> None:
     found = find.Found("qnn", True, False, "an NPU", "1")
-    monkeypatch.setattr(find, "survey", lambda: [found])
-    monkeypatch.setattr(find, "_opener", lambda *_: lambda: device)
+    monkeypatch.setattr(find, "_FINDERS", {"qnn": lambda: found})
+    monkeypatch.setattr(find, "_opener", lambda *_: lambda *, lean=False: device)
 
 
 def test_a_device_that_refuses_the_graphs_leaves_prompts_to_the_cpu_or_fails(
@@ -316,17 +316,11 @@ def test_a_short_context_is_a_sentence_or_takes_what_there_is(
     tokens_of(elute.load(model, cache_dir=tmp_path, npu="sim", context=100))
 
 
-def test_channel_order_is_a_sentence(
-    load, answer, caplog: pytest.LogCaptureFixture, tmp_path: Path
-) -> None:
-    want = tokens_of(load(sparsity=0.3, memory="2G"))
-    with caplog.at_level(logging.INFO):
-        model = load(npu="sim", sparsity=0.3, memory="2G")
-    assert isinstance(model.executor, Executor)
+def test_channel_order_and_a_budget_change_no_answer(load, answer) -> None:
+    want = tokens_of(load(npu="sim", sparsity=0.3))
+    model = load(npu="require:sim", sparsity=0.3, memory="2G")
+    assert isinstance(model.executor, PromptExecutor)
     assert tokens_of(model) == want
-    assert "weights in channel order, wanted panel order; prompts run on the CPU" in told(caplog)
-    with pytest.raises(UnsupportedError, match=r"--npu require:sim: .* channel order, .*--npu off"):
-        load(npu="require:sim", sparsity=0.3, memory="2G")
 
 
 def command(cache: Path, monkeypatch: pytest.MonkeyPatch, *arguments: str) -> Any:
