@@ -223,7 +223,7 @@ def test_both_orders_of_a_model_share_a_calibration(folder, tmp_path):
     with elute.load(folder, sparsity=0.6, cache_dir=tmp_path, context=128) as model:
         resident = model.executor.forward(np.arange(20, dtype=np.int32), 0, all_logits=True)
     limited = elute.load(
-        folder, sparsity=0.6, cache_dir=tmp_path, context=128, memory="900M", threads=1
+        folder, sparsity=0.6, cache_dir=tmp_path, context=128, memory="2G", threads=1
     )
     with limited as model:
         assert model.path != path.parent
