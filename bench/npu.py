@@ -53,6 +53,7 @@ from elute.npu import calibrate as calibration
 from elute.npu import choices as chosen
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import Choice
+from elute.npu.linear import Pending, StaticLinear
 from elute.npu.prompts import PromptExecutor
 from elute.npu.sim import Keep, Sim
 from elute.pack.reorder import dequantized
@@ -323,45 +324,65 @@ def times(bench: Bench, tokens: Sequence[int]) -> list[Row]:
 
 
 def chunk_times(bench: Bench, choices: Choices, tokens: I32) -> Row:
-    """Milliseconds of a chunk, over all sites: the least of ROUNDS, summed."""
-    prompts = bench.prompts(choices)
-    pendings = []
-    for linear in prompts.linears:
-        plain = linear.add_shadow
-
-        def seen(pending: Any, linear: Any = linear, plain: Any = plain) -> None:
-            pendings.append((linear, plain, replace(pending)))
-            plain(pending)
-
-        linear.add_shadow = seen
-    prompts.prompt(tokens, 0)
+    """Milliseconds of a chunk, over all sites: the least of ROUNDS, summed. Repairs are those of a
+    device with int8 outputs."""
+    prompts, seen = observed(bench, choices, "sim", "add_shadow", tokens)
     sums = {"product_ms": 0.0, "shadow_ms": 0.0}
     outliers = channels = 0
-    for linear, plain, pending in pendings:
-        if not linear.shadow or not pending.residuals.size:
+    for linear, plain, (pending,) in seen:
+        if pending.wanted is None:
             continue
-        wanted, slots = np.unique(pending.channels, return_inverse=True)
-        rows = linear.rows.of(wanted)
-        arguments = (pending.starts, slots.astype(np.int32), pending.residuals, rows)
+        wanted = np.unique(pending.channels)
+        rows = np.concatenate([part for _, part in linear.rows.ask(wanted).parts()])
+        arguments = (pending.starts, pending.slots, pending.residuals, rows)
         outliers += pending.residuals.size
         channels += wanted.size
-        for name, call in {
-            "product_ms": lambda a=arguments: _native.shadow_product(bench.host.isa, *a),
-            "shadow_ms": lambda p=plain, of=pending: p(replace(of)),
-        }.items():
-            taken = []
-            for _ in range(ROUNDS):
-                began = time.perf_counter()
-                call()
-                taken.append(time.perf_counter() - began)
-            sums[name] += min(taken) * 1e3
+        sums["product_ms"] += least_ms(
+            lambda a=arguments: _native.shadow_product(bench.host.isa, *a)
+        )
+        sums["shadow_ms"] += least_ms(
+            lambda linear=linear, plain=plain, of=pending, wanted=wanted: plain(
+                replace(of, wanted=linear.rows.ask(wanted))
+            )
+        )
+    _, seen = observed(bench, choices, "htp", "_repair", tokens)
+    repair_ms = sum(least_ms(lambda plain=plain, a=a: plain(*a)) for _, plain, a in seen)
     return {
         **sums,
+        "repair_ms": repair_ms,
         "outliers": outliers,
         "rows": channels,
         "shadows": sum(c.shadow for c in choices.values()),
         "memory": held_bytes(prompts) / bench.int8_bytes,
     }
+
+
+def observed(
+    bench: Bench, choices: Choices, profile: str, method: str, tokens: I32
+) -> tuple[PromptExecutor, list[tuple[StaticLinear, Callable[..., None], tuple[Any, ...]]]]:
+    """A prompt, and with what each linear's method was called: (linear, the method, arguments)."""
+    prompts = bench.prompts(choices, profile=profile)
+    calls: list[tuple[StaticLinear, Callable[..., None], tuple[Any, ...]]] = []
+    for linear in prompts.linears:
+        plain = getattr(linear, method)
+
+        def called(*a: Any, linear: StaticLinear = linear, plain: Any = plain) -> None:
+            kept = tuple(replace(each) if isinstance(each, Pending) else each for each in a)
+            calls.append((linear, plain, kept))
+            plain(*a)
+
+        setattr(linear, method, called)
+    prompts.prompt(tokens, 0)
+    return prompts, calls
+
+
+def least_ms(call: Callable[[], object]) -> float:
+    taken = []
+    for _ in range(ROUNDS):
+        began = time.perf_counter()
+        call()
+        taken.append(time.perf_counter() - began)
+    return min(taken) * 1e3
 
 
 def main() -> None:
