@@ -34,7 +34,7 @@ _LARGE = 1 << 30  # weights
 _LARGE_TOKENS = 96
 _COARSE = Q_MAX / 16  # steps up to the bound of a rounding that stands out of the noise
 _LEAST = 1e-30
-OUTPUT_SHARE = 0.999  # of an output's values that int8 holds; those beyond are computed again
+OUTPUT_SHARE = 0.997  # of an output's values that int8 holds; those beyond are computed again
 
 
 @dataclass(frozen=True, eq=False)
