@@ -73,6 +73,7 @@ def command(
     from elute.bench.machine import cpu_name
     from elute.bench.npu_schedule import measure, outcomes, repeated
     from elute.cli.screen import Screen, answer_json
+    from elute.npu.calibrate import WINDOW
     from elute.npu.find import REQUIRE
     from elute.npu.prompts import PromptExecutor
     from elute.runtime.calibration import own_text
@@ -83,7 +84,7 @@ def command(
     with Screen(quiet=quiet) as screen:
         loaded = load(
             model,
-            context=n_tokens,
+            context=None if n_tokens < WINDOW else n_tokens,  # room for a calibration
             npu=REQUIRE + npu.removeprefix(REQUIRE),
             progress=screen,
             **given,
