@@ -11,13 +11,13 @@ from test_executor import made, relative_error, some_tokens  # noqa: F401
 from tiny_folder import save_tiny_folder
 
 import elute
-from elute.api import calibrate
 from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import Threshold, thresholds
 from elute.kernels.lut_matmul import reference as lut_matmul
 from elute.model.families import op_list
 from elute.model.ops import Linear
 from elute.model.reference import ReferenceExecutor
+from elute.prepare import calibrate
 from elute.runtime import calibration
 from elute.runtime.executor import CHUNK, Executor, isas
 from elute.runtime.store import open_packed

@@ -36,9 +36,9 @@ def command(model: str, text_path: Path | None, as_json: bool, quiet: bool, **gi
     --sparsity does it by itself, on a text of elute's own, when it is first used. Shown is what
     share of the weights of each kind would be left out.
     """
-    from elute.api import calibrate
     from elute.cli.screen import Screen, answer_json
     from elute.flash.sparsity import kind, thresholds
+    from elute.prepare import calibrate
 
     with Screen(quiet=quiet) as screen:
         text = None if text_path is None else options.read_text(text_path)

@@ -42,8 +42,8 @@ def command(
     in steps of the scale, of which int8 holds 127; and what the rounding is foreseen to do to
     predictions, nats a token: with no outlier added back, at this pruning, with all added back.
     """
-    from elute.api import calibrate_npu
     from elute.cli.screen import Screen, answer_json
+    from elute.prepare import calibrate_npu
     from elute.runtime.npu import DEFAULT_PRUNING
 
     pruning = DEFAULT_PRUNING if npu_pruning is None else npu_pruning

@@ -34,8 +34,8 @@ def command(model: str, as_json: bool, quiet: bool, **given: Any) -> None:
     They are context binaries of Qualcomm's compiler. Needs pip install 'elute[npu]' on x86-64, and
     no phone. Graphs that are there and whole are kept, so an interrupted run goes on where it was.
     """
-    from elute.api import compile_npu
     from elute.cli.screen import Screen, answer_json
+    from elute.prepare import compile_npu
 
     began = time.perf_counter()
     with Screen(quiet=quiet) as screen:

@@ -15,6 +15,7 @@ from elute.errors import NOTE, DeviceError, ShapeError, UnsupportedError
 from elute.flash.fetch import Fetcher
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
+from elute.formats.sources import cache_dir
 from elute.model.families import op_list
 from elute.model.ops import Experts, Linear, OpList
 from elute.npu import find, saved
@@ -82,6 +83,62 @@ def chosen_for_budget(
         hot=hot_bytes,
         half_bytes=least_half(packed, _widest(ops)),
     )
+
+
+class OnNpu:
+    """What was asked of a device for prompts, in the two steps in which a budget wants it."""
+
+    def __init__(
+        self,
+        packed: PackedModel,
+        ops: OpList,
+        wanted: str,
+        *,
+        pruning: float | None,
+        chunk: int | None,
+        hot: float | str | None,
+        folder: Path | None,
+    ) -> None:
+        self._packed, self._ops, self._wanted, self._pruning = packed, ops, wanted, pruning
+        self._chunk = CHUNK if chunk is None else chunk
+        self._hot = hot
+        self._folder = (folder or cache_dir()) / "npu"
+        self._chosen: find.Choice | None = None
+        self.needs: NpuNeeds | None = None
+
+    def choose_for_budget(self) -> None:
+        """Before the weights are there."""
+        self._chosen, self.needs = chosen_for_budget(
+            self._wanted,
+            self._packed,
+            self._ops,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+        )
+
+    def executor(
+        self,
+        executor: Executor,
+        weights: WeightSource,
+        tokens: Callable[[], Sequence[int]],
+        progress: Progress | None,
+    ) -> PromptExecutor | None:
+        return with_npu(
+            executor,
+            self._packed,
+            weights,
+            self._wanted,
+            tokens,
+            ops=self._ops,
+            chosen=self._chosen,
+            needs=self.needs,
+            pruning=DEFAULT_PRUNING if self._pruning is None else self._pruning,
+            chunk=self._chunk,
+            hot=self._hot,
+            folder=self._folder,
+            progress=progress,
+        )
 
 
 def measured_for_npu(
