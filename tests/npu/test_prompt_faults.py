@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import _thread
+import signal
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -162,6 +163,15 @@ def test_a_slow_device_changes_no_bit(model: Tiny) -> None:
     still_works(made, model)
 
 
+@pytest.fixture
+def ctrl_c() -> Iterator[None]:
+    """The default handler also where SIGINT is ignored, as in the background of a script."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_prompt_and_the_next_one_is_right(model: Tiny) -> None:
     class Hanging(Sim):
         def run(self, graph: str, x: np.ndarray) -> Any:
