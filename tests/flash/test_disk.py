@@ -70,6 +70,18 @@ def file(tmp_path):
     return path
 
 
+def test_the_rate_of_this_moment(file, tmp_path):
+    assert 1e6 < disk.rate_now(file, SOME) < 1e12
+    small = tmp_path / "small"
+    small.write_bytes(bytes(3 * 4096))
+    assert disk.rate_now(small, SOME) > 0  # in requests of what there is
+    with pytest.raises(DeviceError, match="No such file"):
+        disk.rate_now(tmp_path / "gone", SOME)
+    (tmp_path / "empty").touch()
+    with pytest.raises(DeviceError, match=r"empty: found 0 bytes, wanted at least 4096"):
+        disk.rate_now(tmp_path / "empty", SOME)
+
+
 def test_a_measurement_is_quick_and_plausible(file):
     found = disk.measure(file)
     assert found.reader in ("io_uring", "pread")

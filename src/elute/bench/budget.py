@@ -1,16 +1,16 @@
 """What a budget of memory gives on this machine: the plan, and the rate to expect.
 
 Two rates are told. The bound is what reading alone allows: no order of work is faster. The expected
-one is a walk through the plan (flash/walk.py) with the disk's measured rate and this machine's
-measured pace; `plan` and the last lines of a run take it from the same function, `predict`.
+one is a rehearsal of the plan (bench/rehearsal.py), or what this machine's measured pace and disk
+make of banks; `plan` and the last lines of a run take it from the same function, `predict`.
 """
 
 from __future__ import annotations
 
 import os
 import tempfile
-import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,11 +18,13 @@ from typing import TYPE_CHECKING, Any
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
-from elute.errors import DeviceError
+from elute.bench.rehearsal import rehearse
+from elute.errors import DeviceError, UnsupportedError
 from elute.flash.banks import GAP_BYTES
-from elute.flash.plan import BLOCK, Plan, Use
-from elute.flash.walk import Disk, walk
-from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, pages, uses
+from elute.flash.disk import RANDOM_DEPTH, Disk, measured, rate_now
+from elute.flash.plan import Plan
+from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded
+from elute.formats import sources
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
@@ -31,17 +33,12 @@ from elute.model.ops import Experts, Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.threads import default_threads
-from elute.types import U8
 
 if TYPE_CHECKING:
-    from elute._native import WeightStream
     from elute.pack.foresee import Foreseen
 
-PROBE_BYTES = 128 << 20  # read to learn the disk's rate; less where the model is smaller
-PROBES = 3
-LATENCY_BYTES = 64 << 10  # a read that takes latency rather than bytes
-LATENCY_READS = 48
-USUAL_LATENCY_S = 100e-6  # of an NVMe disk and two threads that wake each other
+PROBE_BYTES = 128 << 20  # written to learn the rate of a disk that no model is on yet
+USUAL_REQUEST_S = 12e-6  # of a random read among others, from an NVMe disk
 # What reading a tokenizer adds to a process: 5.6 MB for 512 tokens, 16 for 49k, 42 for 128k.
 TOKENIZER_BYTES, TOKENIZER_BYTES_A_TOKEN = 6_000_000, 300
 
@@ -65,24 +62,52 @@ class Prediction:
         }
 
 
-def predict(
-    plan: Plan, order: list[Use], pace: Pace, flash: Disk, *, sparsity: float = 0.0
-) -> Prediction:
-    """The one forecast of `elute plan` and of a run's last lines.
+@dataclass(frozen=True)
+class Flash:
+    """The disk that a prediction is for. file: to be read for it, as long as the largest matrix or
+    longer; None of a disk that is not here, whose rate alone is known."""
 
-    order  uses() of the model; the pace of layers is shared among them by their bytes
-    """
-    if plan.staging:
-        return _predict_banks(plan, pace, flash, sparsity)
-    total = sum(use.total for use in order)
-    found = walk(
-        plan,
-        order,
-        use_s=[pace.layers_s * use.total / total for use in order],
-        rest_s=pace.rest_s,
-        disk=flash,
+    disk: Disk
+    file: Path | None
+
+
+def predict(
+    packed: Recorded,
+    config: Mapping[str, Any],
+    plan: Plan,
+    flash: Flash,
+    *,
+    n_threads: int,
+    cache_type: str,
+    room: int | None = None,
+    kernels: Mapping[int, Choice] | None = None,
+    sparsity: float = 0.0,
+) -> Prediction:
+    """The one forecast of `elute plan` and of a run's last lines. Arguments as of measured_pace."""
+    pace = measured_pace(
+        packed, config, n_threads=n_threads, cache_type=cache_type, room=room, kernels=kernels
     )
-    return Prediction(1 / found.seconds, plan.missed, found.waited_s, plan.total)
+    _native.return_freed_memory()
+    if plan.staging:
+        return _predict_banks(plan, pace, flash.disk, sparsity)
+    if not plan.places:
+        return Prediction(1 / pace.token_s, 0, 0.0, plan.total)
+    if flash.file is None:  # reading and computing overlap as well as can be
+        waited_s = max(0.0, plan.missed / flash.disk.sequential_bytes_s - pace.layers_s)
+        return Prediction(1 / (pace.token_s + waited_s), plan.missed, waited_s, plan.total)
+    found = rehearse(
+        packed,
+        config,
+        plan,
+        flash.file,
+        flash.disk,
+        rest_s=pace.rest_s,
+        n_threads=n_threads,
+        cache_type=cache_type,
+        kernels=kernels,
+    )
+    _native.return_freed_memory()
+    return Prediction(1 / found.token_s, plan.missed, found.waited_s, plan.total)
 
 
 # A product by channel takes so much of one in panels, whatever counts, and so much for what counts
@@ -90,7 +115,7 @@ def predict(
 CHANNELS_S, ACTIVE_S = 0.13, 1.35
 
 
-def _predict_banks(plan: Plan, pace: Pace, flash: Disk, sparsity: float) -> Prediction:
+def _predict_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float) -> Prediction:
     """What is wanted is known when its input is, so reading and computing take turns, as far as it
     cannot be foreseen. Any block that is not kept is as likely to be wanted as another."""
     by_channel = bool(sparsity) or any(bank.wanted == 1 for bank in plan.banks)
@@ -105,7 +130,8 @@ def _predict_banks(plan: Plan, pace: Pace, flash: Disk, sparsity: float) -> Pred
         reads = away * share * (1 - share) ** (gap + 1) + share
         along = sum(k * share * (1 - share) ** k for k in range(1, gap + 1))
         n_bytes = away * share * (1 + along) * bank.block_bytes
-        flash_s += flash.latency_s + reads * flash.request_s + n_bytes / flash.bytes_s
+        # The first of them is waited for alone, as long as all that could have been in flight.
+        flash_s += (RANDOM_DEPTH + reads) * disk.request_s + n_bytes / disk.bytes_s
         foreseen += share / len(plan.banks)
     waited = max(0.0, flash_s - foreseen * layers_s)
     return Prediction(1 / (layers_s + pace.rest_s + waited), plan.missed, waited, plan.total)
@@ -125,19 +151,17 @@ def predict_run(
     Raises DeviceError when the files cannot be read, BudgetError when the memory is not there.
     """
     _native.return_freed_memory()
-    room = plan.total - plan.fixed["process"]
-    pace = measured_pace(
+    return predict(
         packed,
         packed.config,
+        plan,
+        Flash(measured(packed.largest_shard), packed.largest_shard),
         n_threads=n_threads,
         cache_type=cache_type,
-        room=room - plan.fixed["scratch"],
+        room=plan.total - plan.fixed["process"] - plan.fixed["scratch"],
         kernels=kernels,
+        sparsity=sparsity,
     )
-    _native.return_freed_memory()
-    flash = flash_speed(packed, most=room) if plan.missed else usual_disk(1e9)
-    order = uses(op_list(packed.config), packed)
-    return predict(plan, order, pace, flash, sparsity=sparsity)
 
 
 @dataclass(frozen=True)
@@ -150,7 +174,6 @@ class Forecast:
     context: int
     touched: int
     flash_gb_s: float
-    flash_latency_s: float
     dram_gb_s: float
     model_bytes: int
     bits_per_weight: float
@@ -185,7 +208,6 @@ class Forecast:
             "touched_bytes": self.touched,
             "context": self.context,
             "flash_gb_s": round(self.flash_gb_s, 3),
-            "flash_latency_s": round(self.flash_latency_s, 6),
             "dram_gb_s": round(self.dram_gb_s, 2),
             "tok_s": round(self.prediction.tok_s, 3),
             "waited_s_per_token": round(self.prediction.waited_s, 5),
@@ -225,12 +247,7 @@ def forecast(
     ops = op_list(packed.config)
     process = held or psutil.Process().memory_info().rss
     if isinstance(packed, PackedModel):
-        from elute.formats.tokenizer import Tokenizer
-
-        tokenizer = Tokenizer.from_files(packed.tokenizer_files())  # a part of what load holds
-        _native.return_freed_memory()
-        process = psutil.Process().memory_info().rss
-        del tokenizer
+        process = _process_with_tokenizer(packed)
     else:
         process += TOKENIZER_BYTES + TOKENIZER_BYTES_A_TOKEN * ops.vocabulary
     n_threads = default_threads() if threads is None else threads
@@ -246,26 +263,49 @@ def forecast(
         by_channel=by_channel or bool(getattr(packed, "banks", {})),
         sparsity=sparsity,
     )
-    if flash_gb_s is not None:
-        flash = usual_disk(1e9 * flash_gb_s)
-    elif isinstance(packed, PackedModel):
-        flash = flash_speed(packed)
-    else:
-        flash = folder_speed(cache_dir)
-    ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
-    pace = measured_pace(packed, packed.config, n_threads=n_threads, cache_type=cache_type)
+    with _disk_under(packed, cache_dir, flash_gb_s) as flash:
+        bytes_s = flash.disk.sequential_bytes_s
+        if flash.file is not None:
+            bytes_s = rate_now(flash.file, flash.disk)
+        ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
+        prediction = predict(
+            packed,
+            packed.config,
+            found.plan,
+            flash,
+            n_threads=n_threads,
+            cache_type=cache_type,
+            sparsity=sparsity,
+        )
     return Forecast(
         found.plan,
-        predict(found.plan, uses(ops, packed), pace, flash, sparsity=sparsity),
+        prediction,
         found.context,
         touched_bytes(ops, packed),
-        flash.sequential_bytes_s / 1e9,
-        flash.latency_s,
+        bytes_s / 1e9,
         ceilings.read_gb_s,
         packed.nbytes,
         packed.bits_per_weight,
         isinstance(packed, PackedModel),
     )
+
+
+def _process_with_tokenizer(packed: PackedModel) -> int:
+    """Bytes that the process holds with all that load has before it plans."""
+    import psutil
+
+    from elute import api  # noqa: F401
+    from elute.formats.chat_template import ChatTemplate
+    from elute.formats.tokenizer import Tokenizer
+
+    files = packed.tokenizer_files()
+    held: list[object] = [Tokenizer.from_files(files)]
+    with suppress(UnsupportedError):  # one without a template
+        held.append(ChatTemplate.from_files(files))
+    del files
+    _native.return_freed_memory()
+    process: int = psutil.Process().memory_info().rss
+    return process
 
 
 def touched_bytes(ops: OpList, packed: Recorded) -> int:
@@ -283,94 +323,40 @@ def touched_bytes(ops: OpList, packed: Recorded) -> int:
     )
 
 
-def flash_speed(packed: PackedModel, *, most: int = PROBE_BYTES) -> Disk:
-    """Measured on the model's largest file. most: bytes that reading may hold."""
-    path = packed.path / max(packed.files, key=lambda name: packed.files[name].size)
-    return file_speed(path, packed.files[path.name].size, most=most)
+@contextmanager
+def _disk_under(
+    packed: PackedModel | Foreseen, cache_dir: Path | None, flash_gb_s: float | None
+) -> Iterator[Flash]:
+    """The disk that the model's files are on, or would be packed to. Raises DeviceError."""
+    if flash_gb_s is not None:
+        rate = 1e9 * flash_gb_s
+        yield Flash(Disk(rate, USUAL_REQUEST_S, rate, DEPTH, REQUEST_BYTES, "none"), None)
+    elif isinstance(packed, PackedModel):
+        yield Flash(measured(packed.largest_shard), packed.largest_shard)
+    else:
+        folder = cache_dir or sources.cache_dir()
+        largest = max(
+            part.stored_bytes for record in packed.records.values() for part in record.parts()
+        )
+        with _some_file(folder, max(PROBE_BYTES, largest)) as file:
+            yield Flash(measured(file), file)
 
 
-def folder_speed(cache_dir: Path | None) -> Disk:
-    """The same of the disk that a model is packed to, by a file that is written for it."""
-    from elute.formats import sources
-
-    folder = cache_dir or sources.cache_dir()
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(prefix=".rate-", dir=folder) as file:
+@contextmanager
+def _some_file(folder: Path, n_bytes: int) -> Iterator[Path]:
+    """Of random bytes, gone afterwards."""
+    with ExitStack() as stack:
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            file = stack.enter_context(tempfile.NamedTemporaryFile(prefix=".rate-", dir=folder))
             block = os.urandom(1 << 20)
-            for _ in range(PROBE_BYTES >> 20):
+            for _ in range(-(-n_bytes // len(block))):
                 file.write(block)
             file.flush()
             os.fsync(file.fileno())
-            return file_speed(Path(file.name), PROBE_BYTES)
-    except OSError as error:
-        raise DeviceError(
-            f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); give "
-            "it with --flash, or set ELUTE_HOME"
-        ) from None
-
-
-def file_speed(path: Path, size: int, *, most: int = PROBE_BYTES) -> Disk:
-    """Past the page cache, the median of a few. Raises DeviceError when the file cannot be read."""
-    blocks = size // BLOCK
-    probe = min(PROBE_BYTES, blocks * BLOCK, most // BLOCK * BLOCK)
-    memory = pages(probe)
-    rates = []
-    for i in range(PROBES):
-        offset = (blocks * BLOCK - probe) * i // max(1, PROBES - 1) // BLOCK * BLOCK
-        stream = _opened(path, [(0, offset, probe, 0)], memory)
-        started = time.perf_counter()
-        stream.load()
-        rates.append(probe / (time.perf_counter() - started) / 1e9)
-        _check(stream)
-    rate = sorted(rates)[PROBES // 2]
-    small, large = min(LATENCY_BYTES, probe), min(REQUEST_BYTES, probe)
-    small_s, large_s = (_one_by_one(path, blocks, size, memory) for size in (small, large))
-    request_rate = (large - small) / (large_s - small_s) if large_s > small_s else 1e9 * rate
-    latency_s = max(0.0, small_s - small / request_rate)
-    together_s = _together(path, blocks, small, memory)
-    many_s = large / (1e9 * rate)  # of a large one among many
-    if large > small and many_s > together_s:
-        bytes_s = (large - small) / (many_s - together_s)
-        request_s = max(0.0, many_s - large / bytes_s)
-    else:
-        bytes_s, request_s = 1e9 * rate, 0.0
-    return Disk(bytes_s, latency_s, request_rate, REQUEST_BYTES, DEPTH, request_s)
-
-
-def usual_disk(bytes_s: float) -> Disk:
-    """One whose rate alone is known."""
-    return Disk(bytes_s, USUAL_LATENCY_S, bytes_s, REQUEST_BYTES, DEPTH)
-
-
-def _one_by_one(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
-    """Seconds of a read that is asked for when the one before it has been used."""
-    span = max(1, blocks - n_bytes // BLOCK)
-    offsets = [span * i // LATENCY_READS * BLOCK for i in range(LATENCY_READS)]
-    stream = _opened(path, [(0, offset, n_bytes, 0) for offset in offsets], memory)
-    turns = [stream.read_through(i, 1) / LATENCY_READS for i in range(PROBES)]
-    _check(stream)
-    return sorted(turns)[PROBES // 2]
-
-
-def _together(path: Path, blocks: int, n_bytes: int, memory: U8) -> float:
-    """Seconds of a read among many that are under way."""
-    count = max(1, min(LATENCY_READS, memory.size // n_bytes))
-    span = max(1, blocks - n_bytes // BLOCK)
-    pieces = [(0, span * i // count * BLOCK, n_bytes, i * n_bytes) for i in range(count)]
-    stream = _opened(path, pieces, memory)
-    turns = [stream.read_through(4 * i, 4) / count for i in range(PROBES)]
-    _check(stream)
-    return sorted(turns)[PROBES // 2]
-
-
-def _opened(path: Path, pieces: list[tuple[int, int, int, int]], memory: U8) -> WeightStream:
-    try:
-        return _native.open_stream([str(path)], pieces, memory, "auto", DEPTH, REQUEST_BYTES, True)
-    except RuntimeError as error:
-        raise DeviceError(f"flash: {error}; check the model's files") from None
-
-
-def _check(stream: WeightStream) -> None:
-    if stream.failure:
-        raise DeviceError(stream.failure)
+        except OSError as error:
+            raise DeviceError(
+                f"{folder}: cannot be written to learn the rate of the disk ({error.strerror}); "
+                "give it with --flash, or set ELUTE_HOME"
+            ) from None
+        yield Path(file.name)

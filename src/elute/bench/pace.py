@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from elute.bench.random_weights import RandomWeights
+from elute.bench.random_weights import RandomWeights, side_by_side
 from elute.flash.weights import Recorded
 from elute.formats.packed_layout import MatrixRecord
 from elute.kernels.registry import Choice
@@ -63,8 +63,9 @@ def measured_pace(
     most = ENOUGH_BYTES if room is None else min(ENOUGH_BYTES, room - head)
     n_layers = max(1, min(whole.n_layers, most * whole.n_layers // max(1, layers)))
     counts = sorted({max(1, n_layers // 2), n_layers})
-    lists = [op_list(_cut(config, n, whole.n_layers)) for n in counts]
-    weights = RandomWeights(lists[-1], _recipe(lists[-1], packed))
+    lists = [op_list(cut(config, n, whole.n_layers)) for n in counts]
+    sizes = {name: _stored(packed, name) for name in layer_matrices(lists[-1])}
+    weights = RandomWeights(lists[-1], recipe_of(lists[-1], packed), planes=side_by_side(sizes))
     seconds = []
     for ops in lists:  # one after the other: threads of the one that waits would take processors
         executor = Executor(
@@ -122,7 +123,7 @@ def _stored(packed: Recorded, name: str) -> int:
     return sum(part.stored_bytes for part in packed.records[name].parts())
 
 
-def _cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
+def cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
     """The config of the first layers: lists with an entry a layer are cut too."""
     cut = {
         key: value[:n_layers] if isinstance(value, list) and len(value) == of else value
@@ -131,7 +132,7 @@ def _cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
     return {**cut, "num_hidden_layers": n_layers}
 
 
-def _recipe(ops: OpList, packed: Recorded) -> Recipe:
+def recipe_of(ops: OpList, packed: Recorded) -> Recipe:
     """Random matrices as the model stores its own, but an embedding of its own in one bit: of it a
     token reads a row."""
     heads = {op.weight for op in ops.ops if isinstance(op, Head)}

@@ -9,12 +9,14 @@ from __future__ import annotations
 import logging
 import math
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
 
 from elute.bench.machine import available_bytes
 from elute.errors import BudgetError
+from elute.flash.weights import pages
 from elute.model.ops import OpList
 from elute.model.weights import weight_shapes
 from elute.pack.quads import planes_bytes
@@ -50,10 +52,14 @@ class RandomWeights:
     routers.
 
     A matrix multiplies the size of its input by about one, so hidden states and logits stay finite.
-    Raises BudgetError, before taking memory, when it is not there.
+    planes: u8 of matrices whose planes somebody else holds, whatever is in them; as long as they
+    are, or longer. Raises BudgetError, before taking memory, when it is not there.
     """
 
-    def __init__(self, ops: OpList, recipe: Recipe) -> None:
+    def __init__(
+        self, ops: OpList, recipe: Recipe, *, planes: Mapping[str, U8] | None = None
+    ) -> None:
+        given = planes or {}
         shapes = weight_shapes(ops)
         rules = {
             name: recipe.rule_for(name).for_columns(shapes[name][1], where=name)
@@ -77,11 +83,15 @@ class RandomWeights:
         self._blocks: dict[bool, U8] = {}
         self._next_in_block = 0
         check_memory(
-            sum(_matrix_bytes(_sides(shapes[name]), rule) for name, rule in rules.items()),
+            sum(
+                _matrix_bytes(_sides(shapes[name]), rule, with_planes=name not in given)
+                for name, rule in rules.items()
+            ),
             "the weights",
         )
         self._matrices = {
-            name: self._random_matrix(_sides(shapes[name]), rule) for name, rule in rules.items()
+            name: self._random_matrix(_sides(shapes[name]), rule, given.get(name))
+            for name, rule in rules.items()
         }
 
     def matrix(self, name: str) -> PackedMatrix:
@@ -93,7 +103,7 @@ class RandomWeights:
             return self._random.standard_normal(shape, np.float32) / np.float32(math.sqrt(shape[1]))
         return np.full(shape, name in self._norms, np.float32)
 
-    def _random_matrix(self, shape: tuple[int, int], rule: Rule) -> PackedMatrix:
+    def _random_matrix(self, shape: tuple[int, int], rule: Rule, planes: U8 | None) -> PackedMatrix:
         n, k = shape
         assert rule.group_size is not None
         ternary = rule.scheme is Scheme.TERNARY
@@ -103,9 +113,12 @@ class RandomWeights:
             zero = TERNARY_ZERO if ternary else 1 << (rule.bits - 1)
         scales = self._random_scales(shape, rule)
         middle = np.float16(-((1 << rule.bits) - 1) / 2)
+        n_bytes = planes_bytes(n, k, rule.bits)
+        if planes is None:
+            planes = self._random_planes(n_bytes, ternary=ternary)
         return PackedMatrix(
             shape=shape,
-            planes=self._random_planes(planes_bytes(n, k, rule.bits), ternary=ternary),
+            planes=planes[:n_bytes],
             scales=scales,
             offsets=scales * middle if affine is Affine.MIN else None,
             affine=affine,
@@ -144,6 +157,26 @@ class RandomWeights:
         return bits.view(np.float16)
 
 
+def side_by_side(sizes: Mapping[str, int]) -> dict[str, U8]:
+    """Random planes of so many bytes each, in one piece of memory, as flash/weights.py holds them:
+    on huge pages, which small matrices with memory of their own do not get.
+
+    Raises BudgetError, before taking memory, when it is not there.
+    """
+    total = sum(sizes.values())
+    check_memory(total, "the weights")
+    memory = pages(total)
+    block = np.random.Generator(np.random.PCG64(0)).integers(0, 256, BLOCK_BYTES, np.uint8)
+    for start in range(0, total, BLOCK_BYTES):
+        part = memory[start : start + BLOCK_BYTES]
+        part[:] = block[: part.size]
+    found, at = {}, 0
+    for name, size in sizes.items():
+        found[name] = memory[at : at + size]
+        at += size
+    return found
+
+
 def check_memory(wanted_bytes: int, what: str) -> None:
     """Raises BudgetError unless this process can take that much."""
     available = available_bytes()
@@ -160,11 +193,12 @@ def _affine(rule: Rule) -> Affine:
     return Affine.SYMMETRIC if symmetric else Affine.MIN
 
 
-def _matrix_bytes(shape: tuple[int, int], rule: Rule) -> int:
+def _matrix_bytes(shape: tuple[int, int], rule: Rule, *, with_planes: bool) -> int:
     n, k = shape
     per_group = 2 if _affine(rule) is Affine.SYMMETRIC else 4
     groups = _n_panels(n) * PANEL * k // (rule.group_size or k)
-    return planes_bytes(n, k, rule.bits) + OVER_READ + per_group * groups
+    planes = planes_bytes(n, k, rule.bits) + OVER_READ if with_planes else 0
+    return planes + per_group * groups
 
 
 def _n_panels(n: int) -> int:

@@ -43,6 +43,7 @@ RANDOM_DEPTH = 8
 RANDOM_OFFSETS = 1 << 12
 SEQUENTIAL_S, RANDOM_S, AGAIN_S = 0.014, 0.025, 0.06
 LIMIT_S = 0.45  # of all of them, for disks that are too slow for this
+TURNS = 3
 ENOUGH = 0.93  # of the best rate; a rate varies by as much from one window to the next
 FORMAT, VERSION = "elute-disks", 1
 
@@ -190,11 +191,6 @@ def measure(file: Path, *, reader: str = "auto") -> Disk:
         )
         return took / n_reads
 
-    def in_turn(n_bytes: int, start: int) -> list[int]:
-        offsets = [*range(0, size - n_bytes + 1, n_bytes)]
-        cut = start % len(offsets)
-        return offsets[cut:] + offsets[:cut]
-
     draw = random.Random(0)
     points: list[tuple[int, float]] = []
     for n_bytes in RANDOM_BYTES:
@@ -208,7 +204,7 @@ def measure(file: Path, *, reader: str = "auto") -> Disk:
         if n_bytes > size or (rates and time.perf_counter() - started > LIMIT_S):
             continue
         # Each from another place, so that none reads what a cache below kept of the last.
-        offsets = in_turn(n_bytes, i * (size // n_bytes) // len(SEQUENTIAL))
+        offsets = _in_turn(size, n_bytes, i * (size // n_bytes) // len(SEQUENTIAL))
         rates[depth, n_bytes] = n_bytes / seconds(offsets, n_bytes, depth, SEQUENTIAL_S)
     if not rates or len(points) < 2:  # a file of some pages: read it as it is
         depth, n_bytes = 1, max(BLOCK, size)
@@ -218,9 +214,41 @@ def measure(file: Path, *, reader: str = "auto") -> Disk:
             (2 * BLOCK, 2 * BLOCK / rates[depth, n_bytes]),
         ]
     depth, n_bytes = choose(rates)
-    rate = n_bytes / seconds(in_turn(n_bytes, size // n_bytes // 2), n_bytes, depth, AGAIN_S)
+    again = _in_turn(size, n_bytes, size // n_bytes // 2)
+    rate = n_bytes / seconds(again, n_bytes, depth, AGAIN_S)
     request_s, bytes_s = fit(points)
     return Disk(rate, request_s, bytes_s, depth, n_bytes, name)
+
+
+def rate_now(file: Path, disk: Disk) -> float:
+    """Bytes a second of `disk`'s requests, at this moment: the median of a few.
+
+    Raises DeviceError for a file that cannot be read.
+    """
+    rates = []
+    try:
+        size = file.stat().st_size // BLOCK * BLOCK
+        if size == 0:
+            raise OSError(f"{file}: found {file.stat().st_size} bytes, wanted at least {BLOCK}")
+        n_bytes = min(disk.request_bytes, size)
+        depth = min(disk.depth, size // n_bytes)
+        memory = pages(depth * n_bytes)
+        for turn in range(TURNS):
+            offsets = _in_turn(size, n_bytes, turn * (size // n_bytes) // TURNS)
+            n_reads, took, _ = _native.time_reads(
+                str(file), offsets, n_bytes, depth, memory, AGAIN_S, "auto"
+            )
+            rates.append(n_reads * n_bytes / took)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the native std::system_error
+        raise DeviceError(f"{error}; check the model's files") from None
+    return sorted(rates)[TURNS // 2]
+
+
+def _in_turn(size: int, n_bytes: int, start: int) -> list[int]:
+    """Offsets of all requests of a file, from the one of number `start` on and round."""
+    offsets = [*range(0, size - n_bytes + 1, n_bytes)]
+    cut = start % len(offsets)
+    return offsets[cut:] + offsets[:cut]
 
 
 def _read(file: Path) -> dict[Device, Disk]:

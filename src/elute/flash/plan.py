@@ -96,7 +96,13 @@ def solve(budget: int, fixed: Mapping[str, int], uses: Sequence[Use]) -> Plan:
     if rest < least:
         raise _too_little(budget, {**fixed, "window": least})
     window = max(least, min(USES_IN_WINDOW * max(use.total for use in uses), rest // 2))
-    pinned, pinned_bytes = _spread(uses, rest - window)
+    return split(budget, fixed, uses, window)
+
+
+def split(budget: int, fixed: Mapping[str, int], uses: Sequence[Use], window: int) -> Plan:
+    """The plan with that window, for a budget that holds it and not all planes beside it."""
+    names = [name for use in uses for name in use.names]
+    pinned, pinned_bytes = _spread(uses, budget - sum(fixed.values()) - window)
     streamed = [
         (name, size)
         for use in uses

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import mmap
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -310,6 +310,14 @@ class FlashWeights:
         memory = self._staging if in_row else self._memory
         dtype = {"U8": np.uint8, "F16": np.float16, "F32": np.float32, "I32": np.int32}[part.dtype]
         return memory[at : at + part.n_bytes].view(dtype)
+
+
+@runtime_checkable
+class Streamed(Protocol):
+    """A WeightSource, part of which comes through a window."""
+
+    def attach(self, native: _native.Executor, names: Sequence[str]) -> None:
+        """As FlashWeights.attach."""
 
 
 class Recorded(Protocol):

@@ -13,7 +13,7 @@ from elute import _native
 from elute.errors import BudgetError, DeviceError, ShapeError, UnsupportedError
 from elute.flash.banks import BankUse, bank_uses, resident_banks
 from elute.flash.sparsity import Threshold, check_cache_aware
-from elute.flash.weights import FlashWeights
+from elute.flash.weights import FlashWeights, Streamed
 from elute.formats.packed import PackedModel
 from elute.kernels import kv_cache, registry
 from elute.model.ops import (
@@ -108,7 +108,7 @@ class Executor:
             native.finish(
                 [self.kernels[b].lookup_rows if b in self.kernels else 0 for b in registry.WIDTHS]
             )
-            if isinstance(weights, FlashWeights):
+            if isinstance(weights, Streamed):
                 weights.attach(native, builder.matrix_names())
         except MemoryError:
             raise BudgetError(

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from elute import _native
 from elute.errors import NOTE, BudgetError
 from elute.flash.disk import measured
 from elute.flash.weights import FlashWeights
@@ -55,6 +56,7 @@ def limited_weights(
     # Raced before the weights are there: it takes memory of its own for a moment.
     widths = {r.bits for r in packed.records.values() if isinstance(r, MatrixRecord)}
     kernels = registry.choose(executor.chosen_isa(isa), widths, kernel, folder=folder)
+    _native.return_freed_memory()
     process = psutil.Process().memory_info().rss
 
     def planned(npu_bytes: int) -> Fit:

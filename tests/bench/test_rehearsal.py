@@ -1,0 +1,167 @@
+"""A rehearsal has the plan's share of misses, reads what they say, and fails in a sentence."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import pytest
+
+from elute.bench import rehearsal
+from elute.bench.random_packed import random_packed
+from elute.bench.random_weights import random_recipe
+from elute.bench.rehearsal import rehearse
+from elute.bench.shapes import CONFIGS
+from elute.errors import DeviceError
+from elute.flash.disk import Disk
+from elute.flash.plan import BLOCK, least_window, solve
+from elute.flash.weights import uses
+from elute.formats.packed_layout import Records
+from elute.model.families import op_list
+
+DISK = Disk(2e9, 1e-5, 3e9, 4, 1 << 20, "io_uring")
+SMALL = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 6,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 64,
+    "vocab_size": 512,
+}
+EXPERTS = {"num_experts": 8, "intermediate_size": 256, "num_key_value_heads": 4}
+SHAPES = {
+    "llama-3.2-1b": {**CONFIGS["llama-3.2-1b"], **SMALL},
+    "olmoe-1b-7b": {**CONFIGS["olmoe-1b-7b"], **SMALL, **EXPERTS},
+}
+
+
+@pytest.fixture(autouse=True)
+def _short(monkeypatch):
+    monkeypatch.setattr(rehearsal, "ENOUGH_S", 0.01)
+
+
+@pytest.fixture(scope="module", params=SHAPES)
+def packed(request, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("rehearsal") / "model"
+    return random_packed(SHAPES[request.param], random_recipe(bits=4, outer_bits=8), folder)
+
+
+def plan_of(packed, share):
+    order = uses(op_list(packed.config), packed)
+    room = int(share * sum(use.total for use in order))
+    plan = solve(least_window(order) + room, {}, order)
+    assert plan.places
+    return plan
+
+
+def rehearsed(packed, plan, file=None):
+    return rehearse(
+        packed,
+        packed.config,
+        plan,
+        file or packed.largest_shard,
+        DISK,
+        rest_s=1e-4,
+        n_threads=2,
+        cache_type="f16",
+    )
+
+
+@pytest.fixture
+def streams(monkeypatch):
+    """Every stream that a rehearsal opens, with what it was opened for."""
+    found = []
+    opened = rehearsal._Streamed._opened
+
+    def noted(self, *arguments):
+        found.append((self, opened(self, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(rehearsal._Streamed, "_opened", noted)
+    return found
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 0.8])
+def test_all_layers_of_a_small_model_read_what_the_plan_misses(packed, share, streams):
+    plan = plan_of(packed, share)
+    told = rehearsed(packed, plan)
+    assert 0 <= told.waited_s < told.token_s
+    ((weights, stream),) = streams
+    assert weights.plan.missed == pytest.approx(plan.missed, abs=2 * BLOCK)
+    n_bytes, _ = stream.figures()
+    forwards = rehearsal.WARM_UP + rehearsal.LEAST_TOKENS
+    assert n_bytes >= forwards * weights.plan.missed
+
+
+def test_fewer_layers_stand_for_all(packed, streams, monkeypatch):
+    plan = plan_of(packed, 0.3)
+    monkeypatch.setattr(rehearsal, "MOST_BYTES", 1)
+    told = rehearsed(packed, plan)
+    ((weights, _),) = streams
+    assert weights.plan.missed < plan.missed / 3
+    assert told.token_s > 0
+
+
+def test_a_slow_disk_gets_fewer_layers(packed, streams):
+    plan = plan_of(packed, 0.0)
+    slow = Disk(plan.missed / 0.6, 1e-5, 3e9, 4, 1 << 20, "io_uring")  # a third in MOST_READ_S
+    rehearse(
+        packed,
+        packed.config,
+        plan,
+        packed.largest_shard,
+        slow,
+        rest_s=0.0,
+        n_threads=1,
+        cache_type="f16",
+    )
+    ((weights, _),) = streams
+    assert weights.plan.missed == pytest.approx(plan.missed / 3, rel=0.1)
+
+
+def test_a_file_of_some_bytes_is_read_over_and_over(packed, tmp_path):
+    plan = plan_of(packed, 0.2)
+    largest = max(use.total for use in uses(op_list(packed.config), packed))
+    file = tmp_path / "some"
+    file.write_bytes(np.random.default_rng(0).bytes(largest))
+    assert largest < plan.missed
+    assert rehearsed(packed, plan, file).token_s > 0
+
+
+def test_a_file_that_cannot_be_read_is_a_sentence(packed, tmp_path):
+    plan = plan_of(packed, 0.2)
+    with pytest.raises(DeviceError, match=r"No such file.*gone"):
+        rehearsed(packed, plan, tmp_path / "gone")
+    short = tmp_path / "short"
+    short.write_bytes(bytes(BLOCK))
+    with pytest.raises(DeviceError, match="the file ends before that"):
+        rehearsed(packed, plan, short)
+
+
+@dataclass
+class Ordered:
+    """As if every matrix had a column order of its own, so that each is a use of its own."""
+
+    records: Records
+
+    def column_order(self, name):
+        return name.encode()
+
+
+def test_column_orders_do_not_make_it_wait_for_ever(packed):
+    alone = Ordered(packed.records)
+    order = uses(op_list(packed.config), alone)
+    together = uses(op_list(packed.config), packed)
+    plan = solve(least_window(order), {}, order)
+    if "num_experts" not in packed.config:  # experts are one use anyway
+        assert plan.window < least_window(together)
+    told = rehearse(
+        alone,
+        packed.config,
+        plan,
+        packed.largest_shard,
+        DISK,
+        rest_s=0,
+        n_threads=2,
+        cache_type="f16",
+    )
+    assert told.token_s > 0
