@@ -127,18 +127,19 @@ class Bench:
     ) -> PromptExecutor:
         """The product on the device `sim`. repair: saturated outputs are computed again."""
         device = Sim(profile, keep=Keep.FLOAT)
-        linears = assembled.assemble(
+        linears = assembled.static_linears(
             self.host.sites,
             codes_of(self.packed, self.packed, None, isa=self.host.isa),
             self.statistics if statistics is None else statistics,
             choices,
-            device,
+            device.profile,
             chunk=CHUNK,
             identity="bench",
             isa=self.host.isa,
             per_channel=per_channel,
             hot_share=hot_share,
         )
+        device.load([linear.graph for linear in linears])
         if not repair:
             for linear in linears:
                 linear._repair = lambda *_: None

@@ -18,7 +18,7 @@ from elute.flash.sparsity import Threshold
 from elute.flash.weights import FlashWeights, uses
 from elute.formats.packed import PackedModel
 from elute.model.families import op_list
-from elute.npu.assemble import assemble
+from elute.npu.assemble import static_linears
 from elute.npu.calibrate import calibrate
 from elute.npu.choices import Choice
 from elute.npu.prompts import PromptExecutor
@@ -121,17 +121,18 @@ def prompts(
     weights = packed if weights is None else weights
     executor = Executor(op_list(packed.config), weights, n_threads=n_threads)
     device = Sim("sim", keep=Keep.NOTHING) if device is None else device
-    linears = assemble(
+    linears = static_linears(
         executor.sites,
         codes_of(weights, packed, fetcher(packed, **options), isa=executor.isa),
         statistics,
         dict.fromkeys(statistics, SHADOWED),
-        device,
+        device.profile,
         chunk=CHUNK,
         identity="",
         isa=executor.isa,
         hot_share=hot,
     )
+    device.load([linear.graph for linear in linears])
     return PromptExecutor(executor, linears, device, chunk=CHUNK, in_flight=in_flight)
 
 

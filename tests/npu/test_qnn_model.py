@@ -10,7 +10,7 @@ from tiny_folder import save_tiny_folder
 
 from elute.errors import DeviceError
 from elute.npu import ort
-from elute.npu.assemble import assemble
+from elute.npu.assemble import static_linears
 from elute.npu.choices import choose
 from elute.npu.prompts import PromptExecutor
 from elute.npu.sim import Keep, Sim
@@ -65,16 +65,17 @@ def compare(model: Path, home: Path, traces: Path, *, rows: int) -> dict[str, fl
     prompt = np.asarray(tokens[700 : 700 + rows], np.int32)
 
     def logits(of):
-        linears = assemble(
+        linears = static_linears(
             executor.sites,
             codes_of(packed, packed, None, isa=executor.isa),
             statistics,
             choices,
-            of,
+            of.profile,
             chunk=rows,
             identity=fingerprint(packed),
             isa=executor.isa,
         )
+        of.load([linear.graph for linear in linears])
         found = PromptExecutor(executor, linears, of, chunk=rows).prompt(prompt, 0, all_logits=True)
         of.close()
         return found.astype(np.float64)

@@ -12,7 +12,7 @@ from tiny import MIXTURES, tiny_checkpoint
 
 from elute.model.families import op_list
 from elute.model.ops import OpList
-from elute.npu.assemble import assemble
+from elute.npu.assemble import static_linears
 from elute.npu.calibrate import SiteStatistics, calibrate
 from elute.npu.choices import SHADOWED, Choice
 from elute.npu.codes import PanelCodes
@@ -106,17 +106,19 @@ def linears(
         name: replace(found, outliers={choices[name]: found.outliers[SHADOWED[1]]})
         for name, found in model.statistics.items()
     }
-    return assemble(
+    linears = static_linears(
         host.sites,
         lambda site: PanelCodes([model.source.matrix(n) for n in site.weights], isa=host.isa),
         counted,
         choices,
-        device,
+        device.profile,
         chunk=chunk,
         identity="tiny",
         isa=host.isa if isa is None else isa,
         hot_share=hot_share,
     )
+    device.load([linear.graph for linear in linears])
+    return linears
 
 
 def prompts(

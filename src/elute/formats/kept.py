@@ -1,8 +1,7 @@
-"""Measurements of this machine, kept as JSON in the cache folder. Knows none of them."""
+"""Measurements, kept in small files: of this machine, as JSON in the cache folder. Knows none."""
 
 from __future__ import annotations
 
-import contextlib
 import json
 import logging
 import os
@@ -41,12 +40,20 @@ def read(file: Path, parse: Callable[[str], Kept], *, what: str) -> Kept | None:
 
 def write(file: Path, told: Mapping[str, Any]) -> None:
     """Whole or not at all. Where it cannot be written a line says so: each start measures."""
-    partial = file.with_name(f"{file.name}.partial-{secrets.token_hex(4)}")
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(json.dumps(told))
-        os.replace(partial, file)
+        replace(file, json.dumps(told).encode())
     except OSError as error:
-        with contextlib.suppress(OSError):
-            partial.unlink()
         log.info("%s: cannot be written (%s); each start measures again", file, error.strerror)
+
+
+def replace(file: Path, content: bytes) -> None:
+    """Whole or not at all, also where the system stops. Raises OSError."""
+    partial = file.with_name(f"{file.name}.partial-{secrets.token_hex(4)}")
+    try:
+        with partial.open("wb") as opened:
+            opened.write(content)
+            os.fsync(opened.fileno())
+        partial.replace(file)
+    finally:
+        partial.unlink(missing_ok=True)

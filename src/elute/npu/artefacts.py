@@ -11,14 +11,14 @@ import json
 import logging
 import os
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from elute.errors import NOTE
 from elute.formats.atomic_directory import atomic_directory
 from elute.npu import checks
-from elute.npu.device import Graph
+from elute.npu.device import Device, Graph, Progress
 from elute.npu.qdq import FORM
 
 log = logging.getLogger(__name__)
@@ -128,3 +128,32 @@ def file_digest(file: Path) -> str:
 
 def _words(maker: Mapping[str, str]) -> str:
     return ", ".join(f"{name} {version}" for name, version in maker.items())
+
+
+def load_graphs(
+    device: Device,
+    graphs: Sequence[Graph],
+    *,
+    loaded: dict[str, Graph],
+    artefacts: Artefacts | None,
+    compile_one: Callable[[Graph, Path | None], None],
+    progress: Progress | None,
+) -> None:
+    """Device.load of one that compiles graph by graph: adds to `loaded`, tests one of each kind.
+
+    compile_one  of a graph, or what was kept of it in a folder
+    """
+    checks.accept(graphs, device.profile, loaded=loaded)
+    found = [None if artefacts is None else artefacts.find(graph) for graph in graphs]
+    if artefacts is not None:
+        artefacts.say_stale()
+    try:
+        for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
+            compile_one(graph, place)
+            loaded[graph.name] = graph
+            if progress is not None:
+                progress("npu: compile", done, len(graphs))
+        checks.self_test(device, graphs)
+    except BaseException:
+        device.close()  # nothing runs on a device that failed
+        raise

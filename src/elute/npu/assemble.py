@@ -12,7 +12,7 @@ from elute.errors import EluteError, FormatError
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import Choice
 from elute.npu.codes import Codes
-from elute.npu.device import Q_MAX, Device, Graph, Outputs, Product, Profile, Progress
+from elute.npu.device import Q_MAX, Graph, Outputs, Product, Profile
 from elute.npu.linear import StaticLinear
 from elute.npu.rows import Rows, weight_scales
 from elute.npu.sites import Site
@@ -21,37 +21,6 @@ from elute.types import F32, I8, I64
 HOT_SHARE = 0.03  # rows that stay in memory, of the bytes of all int8 weights
 
 CodesOf = Callable[[Site], Codes]
-
-
-def assemble(
-    sites: Sequence[Site],
-    codes_of: CodesOf,
-    statistics: Mapping[str, SiteStatistics],
-    choices: Mapping[str, Choice],
-    device: Device,
-    *,
-    chunk: int,
-    identity: str,
-    isa: str,
-    per_channel: bool = True,
-    hot_share: float = HOT_SHARE,
-    progress: Progress | None = None,
-) -> list[StaticLinear]:
-    """static_linears of a device, and loads it. Raises as both do."""
-    linears = static_linears(
-        sites,
-        codes_of,
-        statistics,
-        choices,
-        device.profile,
-        chunk=chunk,
-        identity=identity,
-        isa=isa,
-        per_channel=per_channel,
-        hot_share=hot_share,
-    )
-    device.load([linear.graph for linear in linears], progress=progress)
-    return linears
 
 
 def static_linears(

@@ -15,7 +15,7 @@ import numpy.typing as npt
 
 from elute.errors import NOTE, DeviceError, EluteError
 from elute.npu import checks, qdq
-from elute.npu.artefacts import Artefacts
+from elute.npu.artefacts import Artefacts, load_graphs
 from elute.npu.device import Graph, Outputs, Profile, Progress
 from elute.types import I8
 
@@ -88,20 +88,18 @@ class OpenVino:
 
     def load(self, graphs: Sequence[Graph], *, progress: Progress | None = None) -> None:
         """As the protocol has it; adds to those that it has, and tests one of each kind."""
-        checks.accept(graphs, self._profile, loaded=self._graphs)
-        found = [None if self._artefacts is None else self._artefacts.find(g) for g in graphs]
-        if self._artefacts is not None:
-            self._artefacts.say_stale()
-        try:
-            for done, (graph, place) in enumerate(zip(graphs, found, strict=True), 1):
-                self._compiled[graph.name] = self._compile(graph, place)
-                self._graphs[graph.name] = graph
-                if progress is not None:
-                    progress("npu: compile", done, len(graphs))
-            checks.self_test(self, graphs)
-        except BaseException:
-            self.close()  # nothing runs on a device that failed
-            raise
+
+        def compile_one(graph: Graph, place: Path | None) -> None:
+            self._compiled[graph.name] = self._compile(graph, place)
+
+        load_graphs(
+            self,
+            graphs,
+            loaded=self._graphs,
+            artefacts=self._artefacts,
+            compile_one=compile_one,
+            progress=progress,
+        )
 
     def _compile(self, graph: Graph, place: Path | None) -> Any:
         try:

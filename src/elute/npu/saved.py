@@ -5,8 +5,6 @@ from __future__ import annotations
 import hashlib
 import logging
 import math
-import os
-import secrets
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +13,7 @@ import numpy as np
 import numpy.typing as npt
 
 from elute.errors import FormatError
+from elute.formats import kept
 from elute.npu.calibrate import SiteStatistics
 from elute.npu.choices import CHOICES
 from elute.npu.ranges import BINS, Range
@@ -48,15 +47,8 @@ def save(path: Path, statistics: Mapping[str, SiteStatistics], *, model: str) ->
             arrays[f"{name}.{i}.peaks"] = peaks
     told = {"version": VERSION, "model": model, "effects": _EFFECTS, "sha256": _digest(arrays)}
     content = to_bytes(arrays, told)
-    partial = path.with_name(f"{path.name}.partial-{secrets.token_hex(4)}")
     try:
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                os.fsync(file.fileno())
-            partial.replace(path)
-        finally:
-            partial.unlink(missing_ok=True)
+        kept.replace(path, content)
     except OSError as error:
         log.warning(
             "%s: cannot be written (%s); the model is calibrated again at the next start",

@@ -11,8 +11,6 @@ import hashlib
 import json
 import logging
 import math
-import os
-import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
@@ -24,6 +22,7 @@ import numpy.typing as npt
 from elute import _native
 from elute.errors import FormatError, ShapeError
 from elute.flash.sparsity import BINS, Scores, Threshold, kind, with_sensitivities
+from elute.formats import kept
 from elute.formats.packed_layout import CONFIG, MANIFEST, MatrixRecord
 from elute.model.ops import Linear, OpList
 from elute.pack.reorder import dequantized_channels
@@ -248,15 +247,8 @@ def save(packed: PackedModel, scores: Mapping[str, Scores]) -> None:
         arrays[name + ".outputs_and_sensitivity"] = np.array([entry.outputs, entry.sensitivity])
     content = to_bytes(arrays, {"version": VERSION, "model": fingerprint(packed)})
     target = calibration_file(packed)
-    partial = target.with_name(f"{FILE}.partial-{secrets.token_hex(4)}")
     try:
-        try:
-            with partial.open("wb") as file:
-                file.write(content)
-                os.fsync(file.fileno())
-            partial.replace(target)
-        finally:
-            partial.unlink(missing_ok=True)
+        kept.replace(target, content)
     except OSError as error:
         log.warning(
             "%s: cannot be written (%s); the calibration is done again at the next start",

@@ -19,7 +19,7 @@ from elute.formats.sources import cache_dir
 from elute.model.families import op_list
 from elute.model.ops import Experts, Linear, OpList
 from elute.npu import find, saved
-from elute.npu.assemble import assemble, static_linears
+from elute.npu.assemble import static_linears
 from elute.npu.calibrate import WINDOW, SiteStatistics, calibrate
 from elute.npu.choices import check_pruned, choose
 from elute.npu.device import Device, Progress
@@ -259,18 +259,18 @@ def with_npu(
         choices = choose({name: found.effects for name, found in statistics.items()}, pruning)
         lean = limited is not None and limited.plan.fixed.get("npu") != (needs and needs.kept)
         device = chosen.open(lean=lean)
-        linears = assemble(
+        linears = static_linears(
             executor.sites,
             codes_of(weights, packed, _fetcher(limited, ops), isa=executor.isa),
             statistics,
             choices,
-            device,
+            device.profile,
             chunk=chunk,
             identity=fingerprint(packed),
             isa=executor.isa,
             hot_share=hot_bytes / int8,
-            progress=progress,
         )
+        device.load([linear.graph for linear in linears], progress=progress)
         del statistics
         _native.return_freed_memory()  # megabytes of histograms
         in_flight = IN_FLIGHT if limited is None else npu_memory.IN_FLIGHT
