@@ -8,14 +8,18 @@ import pytest
 from elute.bench import rehearsal
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
-from elute.bench.rehearsal import rehearse
+from elute.bench.rehearsal import rehearse, rehearse_banks
 from elute.bench.shapes import CONFIGS
 from elute.errors import DeviceError
+from elute.flash.banks import banks_of, channel_sizes, expert_sizes
 from elute.flash.disk import Disk
-from elute.flash.plan import BLOCK, least_window, solve
+from elute.flash.plan import BLOCK, least_window, solve, solve_banks
 from elute.flash.weights import uses
 from elute.formats.packed_layout import Records
 from elute.model.families import op_list
+from elute.pack.reorder import reorder
+from elute.runtime import calibration
+from elute.runtime.executor import Executor
 
 DISK = Disk(2e9, 1e-5, 3e9, 4, 1 << 20, "io_uring")
 SMALL = {
@@ -165,3 +169,46 @@ def test_column_orders_do_not_make_it_wait_for_ever(packed):
         cache_type="f16",
     )
     assert told.token_s > 0
+
+
+def banks_plan(sized):
+    banks = [bank.size for bank in sized]
+    total = sum(bank.total for bank in banks)
+    plan = solve_banks(2 * max(bank.total for bank in banks) + total // 3, {}, banks)
+    assert plan.staging
+    return plan
+
+
+def banks_rehearsed(packed, plan, sparsity=0.0):
+    return rehearse_banks(
+        packed, plan, DISK, sparsity=sparsity, rest_s=1e-4, n_threads=2, cache_type="f16"
+    )
+
+
+@pytest.mark.parametrize("layers", [2, 6])
+def test_banks_of_channels_are_rehearsed_with_the_models_own_weights(tmp_path, layers, monkeypatch):
+    monkeypatch.setattr(rehearsal, "MOST_BANK_LAYERS", layers)
+    panels = random_packed(
+        SHAPES["llama-3.2-1b"], random_recipe(bits=4, outer_bits=8), tmp_path / "panels"
+    )
+    ops = op_list(panels.config)
+    packed = reorder(panels, tmp_path / "channels", banks_of(ops))
+    plan = banks_plan(channel_sizes(ops, packed.records))
+    told = banks_rehearsed(packed, plan)
+    assert 0 < told.waited_s < told.token_s
+    assert banks_rehearsed(packed, plan, 0.5) is None  # nobody calibrated it
+    executor = Executor(ops, packed, context=128, n_threads=2)
+    tokens = [7 * i % 512 for i in range(128)]
+    ones = calibration.importances(packed, ops)
+    calibration.save(packed, calibration.calibrate(executor, ops, ones, tokens))
+    sparse = banks_rehearsed(packed, banks_plan(channel_sizes(ops, packed.records, 0.5)), 0.5)
+    assert 0 <= sparse.waited_s < sparse.token_s
+
+
+def test_banks_of_experts_are_rehearsed(tmp_path):
+    shape = {**SHAPES["olmoe-1b-7b"], "num_experts": 16, "num_experts_per_tok": 2}
+    packed = random_packed(shape, random_recipe(bits=4, outer_bits=8), tmp_path / "model")
+    ops = op_list(packed.config)
+    plan = banks_plan(expert_sizes(ops, packed.records))
+    told = banks_rehearsed(packed, plan)
+    assert 0 <= told.waited_s < told.token_s

@@ -18,10 +18,10 @@ from typing import TYPE_CHECKING, Any
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
 from elute.bench.pace import Pace, measured_pace
-from elute.bench.rehearsal import rehearse
+from elute.bench.rehearsal import rehearse, rehearse_banks
 from elute.errors import DeviceError, UnsupportedError
 from elute.flash.banks import GAP_BYTES
-from elute.flash.disk import RANDOM_DEPTH, Disk, measured, rate_now
+from elute.flash.disk import RANDOM_DEPTH, Disk, measure, measured, rate_now
 from elute.flash.plan import Plan
 from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded
 from elute.formats import sources
@@ -89,7 +89,24 @@ def predict(
     )
     _native.return_freed_memory()
     if plan.staging:
-        return _predict_banks(plan, pace, flash.disk, sparsity)
+        if flash.file is None:
+            return _predict_banks(plan, pace, flash.disk, sparsity)
+        told = None
+        if isinstance(packed, PackedModel) and (packed.banks or not sparsity):
+            told = rehearse_banks(
+                packed,
+                plan,
+                flash.disk,
+                sparsity=sparsity,
+                rest_s=pace.rest_s,
+                n_threads=n_threads,
+                cache_type=cache_type,
+                kernels=kernels,
+            )
+            _native.return_freed_memory()
+        if told is None:  # with the disk as it is now: flash.disk may be of long ago
+            return _predict_banks(plan, pace, measure(flash.file), sparsity)
+        return Prediction(1 / told.token_s, plan.missed, told.waited_s, plan.total)
     if not plan.places:
         return Prediction(1 / pace.token_s, 0, 0.0, plan.total)
     if flash.file is None:  # reading and computing overlap as well as can be
@@ -314,13 +331,13 @@ def touched_bytes(ops: OpList, packed: Recorded) -> int:
     for op in (op for op in ops.ops if isinstance(op, Experts)):
         linear += op.matrices()[: 3 * op.top_k]  # of as many experts as a token picks
     head = [op.weight for op in ops.ops if isinstance(op, Head)]
-    return sum(
-        part.n_bytes
-        for name in (*linear, *head)
-        if isinstance(record := packed.records[name], MatrixRecord)
-        for part in record.parts()
-        if part.suffix != ".columns"
-    )
+    total = 0
+    for name in (*linear, *head):
+        record = packed.records[name]
+        assert isinstance(record, MatrixRecord)
+        total += record.planes_bytes  # in panels or in a bank
+        total += sum(p.n_bytes for p in record.parts() if p.suffix in (".scales", ".offsets"))
+    return total
 
 
 @contextmanager

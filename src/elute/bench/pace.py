@@ -17,13 +17,13 @@ import numpy as np
 
 from elute.bench.random_weights import RandomWeights, side_by_side
 from elute.flash.weights import Recorded
-from elute.formats.packed_layout import MatrixRecord
+from elute.formats.packed_layout import MatrixRecord, align
 from elute.kernels.registry import Choice
 from elute.model.families import op_list
 from elute.model.ops import Embed, Experts, Head, Linear, OpList
 from elute.quantize.recipe import Recipe, Rule, Scheme
 from elute.runtime.executor import Executor
-from elute.types import Affine
+from elute.types import OVER_READ, Affine
 
 ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
 CONTEXT = 64
@@ -64,7 +64,8 @@ def measured_pace(
     n_layers = max(1, min(whole.n_layers, most * whole.n_layers // max(1, layers)))
     counts = sorted({max(1, n_layers // 2), n_layers})
     lists = [op_list(cut(config, n, whole.n_layers)) for n in counts]
-    sizes = {name: _stored(packed, name) for name in layer_matrices(lists[-1])}
+    # As panels have them, also of a model by channel.
+    sizes = {name: align(_planes(packed, name) + OVER_READ) for name in layer_matrices(lists[-1])}
     weights = RandomWeights(lists[-1], recipe_of(lists[-1], packed), planes=side_by_side(sizes))
     seconds = []
     for ops in lists:  # one after the other: threads of the one that waits would take processors

@@ -3,36 +3,44 @@
 Random weights of the model's shape stay or pass through the plan's window as its own would, read
 from the same disk by the same stream, multiplied by the same kernels. So whatever a run waits for
 is in it: a disk that shares the processors, small windows, threads that wake each other. Only the
-values are not the model's.
+values are not the model's. Of banks, where values decide what is read, the model's own are taken.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from elute import _native
+from elute.api import text_tokens
 from elute.bench.pace import CONTEXT, cut, recipe_of
 from elute.bench.random_weights import RandomWeights, check_memory, side_by_side
 from elute.errors import DeviceError
 from elute.flash.disk import Disk
 from elute.flash.plan import BLOCK, Plan, least_window, split
-from elute.flash.weights import Recorded, pages, uses
+from elute.flash.sparsity import thresholds
+from elute.flash.weights import FlashWeights, Recorded, pages, uses
+from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import Records
+from elute.formats.tokenizer import Tokenizer
 from elute.kernels.registry import Choice
 from elute.model.families import op_list
-from elute.model.ops import OpList
+from elute.model.ops import Experts, Linear, OpList
+from elute.runtime import calibration
 from elute.runtime.executor import Executor
 
 # As many layers as take so much of reading and of memory. What stays is spread evenly to within a
 # matrix, of which this holds many.
 MOST_READ_S = 0.2
 MOST_BYTES = 768 << 20
+# Of banks fewer: what stays of them is found out over many tokens.
+MOST_BANKS_S = 0.1
+LEAST_BANK_LAYERS, MOST_BANK_LAYERS = 2, 8
 ENOUGH_S = 1.0
 LEAST_TOKENS = 3
 WARM_UP = 2
@@ -83,20 +91,92 @@ def rehearse(
         cache_type=cache_type,
         kernels=kernels,
     )
-    stream, n_tokens = weights.stream, 0
-    for i in range(WARM_UP):
-        executor.forward(np.array([i], np.int32), i)
-    waited_before, begun = stream.figures()[1], time.perf_counter()
-    while (took := time.perf_counter() - begun) < ENOUGH_S or n_tokens < LEAST_TOKENS:
-        position = WARM_UP + n_tokens % (CONTEXT - WARM_UP)
-        executor.forward(np.array([position], np.int32), position)
-        n_tokens += 1
-    if stream.failure:
-        raise DeviceError(stream.failure)
-    waited_s = (stream.figures()[1] - waited_before) / n_threads / n_tokens
-    worked_s = max(0.0, took / n_tokens - waited_s - rest_s) * whole.n_layers / n_layers
+    token_s, waited_s = _timed(executor, [*range(CONTEXT)], weights.stream.figures)
+    if weights.stream.failure:
+        raise DeviceError(weights.stream.failure)
+    worked_s = max(0.0, token_s - waited_s - rest_s) * whole.n_layers / n_layers
     waited_s *= plan.missed / weights.plan.missed
     return Rehearsed(worked_s + waited_s + rest_s, waited_s)
+
+
+def rehearse_banks(
+    packed: PackedModel,
+    plan: Plan,
+    disk: Disk,
+    *,
+    sparsity: float,
+    rest_s: float,
+    n_threads: int,
+    cache_type: str,
+    kernels: Mapping[int, Choice] | None = None,
+) -> Rehearsed | None:
+    """Of a plan with staging memory, on the model's own weights, since what a token wants of them
+    is up to the values: tokens of elute's own text run through its first layers.
+
+    None for a sparsity of a model that was not calibrated. Raises as `rehearse`.
+    """
+    whole = op_list(packed.config)
+    scores = calibration.saved(packed, whole) if sparsity else {}
+    if scores is None:
+        return None
+    n_bytes = sum(bank.wanted * bank.total for bank in plan.banks)
+    least = max(n_bytes / disk.sequential_bytes_s / MOST_BANKS_S, whole.n_layers / MOST_BANK_LAYERS)
+    n_layers = max(1, min(whole.n_layers, int(whole.n_layers / least)))
+    n_layers = max(n_layers, min(whole.n_layers, LEAST_BANK_LAYERS))
+    ops = op_list(cut(packed.config, n_layers, whole.n_layers))
+    names = {name for op in ops.ops if isinstance(op, Linear) for name in op.weights}
+    names.update(name for op in ops.ops if isinstance(op, Experts) for name in op.matrices())
+    banks = tuple(bank for bank in plan.banks if bank.name in names)
+    slots = {bank.name: plan.slots[bank.name] for bank in banks}
+    slot_bytes = sum(bank.block_bytes * slots[bank.name] for bank in banks)
+    weights = FlashWeights(
+        packed,
+        ops,
+        replace(plan, banks=banks, slots=slots, slot_bytes=slot_bytes),
+        request_bytes=disk.request_bytes,
+        gap_bytes=disk.gap_bytes,
+    )
+    executor = Executor(
+        ops,
+        weights,
+        context=CONTEXT,
+        n_threads=n_threads,
+        cache_type=cache_type,
+        kernels=kernels,
+    )
+    found = thresholds(scores, sparsity) if sparsity else {}
+    executor.sparsify({name: at for name, at in found.items() if name in executor.inputs})
+    tokenizer = Tokenizer.from_files(packed.tokenizer_files())
+    tokens, _ = text_tokens(tokenizer, calibration.own_text())
+    token_s, waited_s = _timed(executor, tokens[:CONTEXT], weights.figures)
+    if weights.banks is not None and weights.banks.failure:
+        raise DeviceError(weights.banks.failure)
+    times = whole.n_layers / n_layers
+    layers_s = max(token_s - rest_s, waited_s)
+    return Rehearsed(layers_s * times + rest_s, waited_s * times)
+
+
+def _timed(
+    executor: Executor, tokens: Sequence[int], figures: Callable[[], tuple[int, float]]
+) -> tuple[float, float]:
+    """-> seconds of a token and seconds that it waited, one token after the other.
+
+    figures  whose second is the seconds that all threads waited so far
+    """
+
+    def forward(i: int) -> None:
+        position = i % len(tokens)
+        executor.forward(np.array([tokens[position]], np.int32), position)
+
+    for i in range(WARM_UP):
+        forward(i)
+    n_tokens = 0
+    waited_before, begun = figures()[1], time.perf_counter()
+    while (took := time.perf_counter() - begun) < ENOUGH_S or n_tokens < LEAST_TOKENS:
+        forward(WARM_UP + n_tokens)
+        n_tokens += 1
+    waited_s = (figures()[1] - waited_before) / executor.n_threads
+    return took / n_tokens, waited_s / n_tokens
 
 
 class _Streamed(RandomWeights):
