@@ -1,11 +1,16 @@
 """A rehearsal has the plan's share of misses, reads what they say, and fails in a sentence."""
 
-from dataclasses import dataclass
+import itertools
+import time
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import ClassVar
 
 import numpy as np
 import pytest
 
 from elute.bench import rehearsal
+from elute.bench.pace import Compute
 from elute.bench.random_packed import random_packed
 from elute.bench.random_weights import random_recipe
 from elute.bench.rehearsal import rehearse, rehearse_banks
@@ -57,17 +62,11 @@ def plan_of(packed, share):
     return plan
 
 
-def rehearsed(packed, plan, file=None):
-    return rehearse(
-        packed,
-        packed.config,
-        plan,
-        file or packed.largest_shard,
-        DISK,
-        rest_s=1e-4,
-        n_threads=2,
-        cache_type="f16",
-    )
+COMPUTE = Compute(n_threads=2, cache_type="f16")
+
+
+def rehearsed(packed, plan, file=None, disk=DISK):
+    return rehearse(packed, packed.config, plan, file or packed.largest_shard, disk, COMPUTE)
 
 
 @pytest.fixture
@@ -88,7 +87,7 @@ def streams(monkeypatch):
 def test_all_layers_of_a_small_model_read_what_the_plan_misses(packed, share, streams):
     plan = plan_of(packed, share)
     told = rehearsed(packed, plan)
-    assert 0 <= told.waited_s < told.token_s
+    assert told.worked_s + told.waited_s > 0
     ((weights, stream),) = streams
     assert weights.plan.missed == pytest.approx(plan.missed, abs=2 * BLOCK)
     n_bytes, _ = stream.figures()
@@ -96,30 +95,61 @@ def test_all_layers_of_a_small_model_read_what_the_plan_misses(packed, share, st
     assert n_bytes >= forwards * weights.plan.missed
 
 
-def test_fewer_layers_stand_for_all(packed, streams, monkeypatch):
+@pytest.fixture
+def timed(monkeypatch):
+    """A token of what is rehearsed takes 5 ms, of which it waits 2."""
+    monkeypatch.setattr(rehearsal, "_timed", lambda *_, **__: (0.005, 0.002))
+
+
+def test_fewer_layers_stand_for_all(packed, streams, timed, monkeypatch):
     plan = plan_of(packed, 0.3)
     monkeypatch.setattr(rehearsal, "MOST_BYTES", 1)
     told = rehearsed(packed, plan)
     ((weights, _),) = streams
     assert weights.plan.missed < plan.missed / 3
-    assert told.token_s > 0
+    assert told.worked_s == pytest.approx(6 * 0.003)
+    assert told.waited_s == pytest.approx(0.002 * plan.missed / weights.plan.missed)
 
 
-def test_a_slow_disk_gets_fewer_layers(packed, streams):
+def test_a_slow_disk_gets_fewer_layers(packed, streams, timed):
     plan = plan_of(packed, 0.0)
-    slow = Disk(plan.missed / 0.6, 1e-5, 3e9, 4, 1 << 20, "io_uring")  # a third in MOST_READ_S
-    rehearse(
-        packed,
-        packed.config,
-        plan,
-        packed.largest_shard,
-        slow,
-        rest_s=0.0,
-        n_threads=1,
-        cache_type="f16",
-    )
+    a_third_a_turn = replace(DISK, sequential_bytes_s=plan.missed / 3 / rehearsal.MOST_READ_S)
+    told = rehearsed(packed, plan, disk=a_third_a_turn)
     ((weights, _),) = streams
     assert weights.plan.missed == pytest.approx(plan.missed / 3, rel=0.1)
+    assert told.worked_s == pytest.approx(3 * 0.003)
+
+
+def test_a_disk_that_would_take_minutes_is_not_rehearsed(packed, streams):
+    plan = plan_of(packed, 0.0)
+    assert rehearsed(packed, plan, disk=replace(DISK, sequential_bytes_s=1e3)) is None
+    assert not streams
+
+
+def test_time_is_that_of_layers_and_of_every_thread_that_waits():
+    class Cut:
+        n_threads = 2
+        seen: ClassVar[list[tuple[int, list[int]]]] = []
+
+        @contextmanager
+        def cut(self, sites):
+            assert not sites
+            yield self
+
+        def run(self, segment, tokens, position):
+            time.sleep(0.01)
+            self.seen.append((position, tokens.tolist()))
+
+    waited = itertools.count()
+    token_s, waited_s = rehearsal._timed(
+        Cut(), range(100, 110), lambda: (0, 0.01 * next(waited)), n_prompt=3
+    )
+    assert Cut.seen[0] == (0, [100, 101, 102])
+    assert Cut.seen[1:] == [(p, [100 + p]) for p in range(3, 3 + len(Cut.seen) - 1)]
+    n = len(Cut.seen) - 1 - rehearsal.WARM_UP
+    assert n >= rehearsal.LEAST_TOKENS
+    assert 0.01 <= token_s < 1
+    assert waited_s == pytest.approx(0.005 / n)
 
 
 def test_a_file_of_some_bytes_is_read_over_and_over(packed, tmp_path):
@@ -128,7 +158,8 @@ def test_a_file_of_some_bytes_is_read_over_and_over(packed, tmp_path):
     file = tmp_path / "some"
     file.write_bytes(np.random.default_rng(0).bytes(largest))
     assert largest < plan.missed
-    assert rehearsed(packed, plan, file).token_s > 0
+    told = rehearsed(packed, plan, file)
+    assert told.worked_s + told.waited_s > 0
 
 
 def test_a_file_that_cannot_be_read_is_a_sentence(packed, tmp_path):
@@ -158,17 +189,8 @@ def test_column_orders_do_not_make_it_wait_for_ever(packed):
     plan = solve(least_window(order), {}, order)
     if "num_experts" not in packed.config:  # experts are one use anyway
         assert plan.window < least_window(together)
-    told = rehearse(
-        alone,
-        packed.config,
-        plan,
-        packed.largest_shard,
-        DISK,
-        rest_s=0,
-        n_threads=2,
-        cache_type="f16",
-    )
-    assert told.token_s > 0
+    told = rehearse(alone, packed.config, plan, packed.largest_shard, DISK, COMPUTE)
+    assert told.worked_s + told.waited_s > 0
 
 
 def banks_plan(sized):
@@ -179,10 +201,8 @@ def banks_plan(sized):
     return plan
 
 
-def banks_rehearsed(packed, plan, sparsity=0.0):
-    return rehearse_banks(
-        packed, plan, DISK, sparsity=sparsity, rest_s=1e-4, n_threads=2, cache_type="f16"
-    )
+def banks_rehearsed(packed, plan, sparsity=0.0, disk=DISK):
+    return rehearse_banks(packed, plan, disk, COMPUTE, sparsity=sparsity)
 
 
 @pytest.mark.parametrize("layers", [2, 6])
@@ -195,20 +215,57 @@ def test_banks_of_channels_are_rehearsed_with_the_models_own_weights(tmp_path, l
     packed = reorder(panels, tmp_path / "channels", banks_of(ops))
     plan = banks_plan(channel_sizes(ops, packed.records))
     told = banks_rehearsed(packed, plan)
-    assert 0 < told.waited_s < told.token_s
+    assert told.waited_s > 0
     assert banks_rehearsed(packed, plan, 0.5) is None  # nobody calibrated it
+    slow = replace(DISK, sequential_bytes_s=1e4)
+    assert banks_rehearsed(packed, plan, disk=slow) is None
     executor = Executor(ops, packed, context=128, n_threads=2)
     tokens = [7 * i % 512 for i in range(128)]
     ones = calibration.importances(packed, ops)
     calibration.save(packed, calibration.calibrate(executor, ops, ones, tokens))
     sparse = banks_rehearsed(packed, banks_plan(channel_sizes(ops, packed.records, 0.5)), 0.5)
-    assert 0 <= sparse.waited_s < sparse.token_s
+    assert sparse.worked_s + sparse.waited_s > 0
 
 
-def test_banks_of_experts_are_rehearsed(tmp_path):
-    shape = {**SHAPES["olmoe-1b-7b"], "num_experts": 16, "num_experts_per_tok": 2}
-    packed = random_packed(shape, random_recipe(bits=4, outer_bits=8), tmp_path / "model")
-    ops = op_list(packed.config)
-    plan = banks_plan(expert_sizes(ops, packed.records))
+def test_layers_in_groups_are_rehearsed_group_by_group(tmp_path, monkeypatch, timed):
+    monkeypatch.setattr(rehearsal, "MOST_BANK_LAYERS", 2)
+    panels = random_packed(
+        SHAPES["llama-3.2-1b"], random_recipe(bits=4, outer_bits=8), tmp_path / "panels"
+    )
+    ops = op_list(panels.config)
+    packed = reorder(panels, tmp_path / "channels", banks_of(ops, 3))
+    plan = banks_plan(channel_sizes(ops, packed.records))
     told = banks_rehearsed(packed, plan)
-    assert 0 <= told.waited_s < told.token_s
+    assert told.worked_s == pytest.approx(6 / 3 * 0.003)
+    assert told.waited_s == pytest.approx(2 * 0.002, rel=0.01)
+
+
+@pytest.mark.parametrize("dense", [[], [0, 1, 2]])
+def test_banks_of_experts_are_rehearsed_from_the_first_layer_that_has_some(
+    tmp_path, dense, monkeypatch
+):
+    monkeypatch.setattr(rehearsal, "MOST_BANK_LAYERS", 2)
+    shape = {
+        **SMALL,
+        "model_type": "qwen3_moe",
+        "num_hidden_layers": 8,
+        "max_position_embeddings": 512,
+        "rms_norm_eps": 1e-6,
+        "rope_theta": 1e6,
+        "norm_topk_prob": True,
+        "decoder_sparse_step": 1,
+        "tie_word_embeddings": False,
+        "num_experts": 16,
+        "num_experts_per_tok": 2,
+        "moe_intermediate_size": 256,
+        "mlp_only_layers": dense,
+    }
+    packed = random_packed(shape, random_recipe(bits=4, outer_bits=8), tmp_path / "model")
+    plan = banks_plan(expert_sizes(op_list(packed.config), packed.records))
+    told = banks_rehearsed(packed, plan)
+    assert told.worked_s + told.waited_s > 0
+    monkeypatch.setattr(rehearsal, "_timed", lambda *_, **__: (0.005, 0.002))
+    told = banks_rehearsed(packed, plan)
+    n_layers, with_experts = (4, 1) if dense else (2, 2)
+    assert told.worked_s == pytest.approx(8 / n_layers * 0.003)
+    assert told.waited_s == pytest.approx((8 - len(dense)) / with_experts * 0.002, rel=0.01)

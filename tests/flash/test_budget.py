@@ -15,6 +15,7 @@ from elute.bench.shapes import CONFIGS
 from elute.flash.banks import banks_of
 from elute.model.families import op_list
 from elute.pack.reorder import reorder
+from elute.quantize.recipe import Recipe, Rule, Scheme
 from elute.runtime.executor import Executor
 from elute.runtime.npu import measured_for_npu
 
@@ -42,6 +43,21 @@ with elute.load(sys.argv[1], checked=bool(memory), **options) as model:
         "tokens": told.tokens, "peak": 1024 * peak, "missed": plan.missed if plan else 0,
         "read": model.flash.figures()[0] if plan else 0,
     }))
+"""
+FORETOLD = """
+import json, sys
+import elute
+from elute.cli.memory_report import MemoryReport
+options = {"cache_dir": sys.argv[3], "memory": sys.argv[2], "context": 256, "threads": 2}
+model = elute.load(sys.argv[1], **options)
+assert model.flash.plan.missed
+report = MemoryReport(model)
+for chunk in model.stream([*range(20)], max_tokens=4, temperature=0, ignore_end=True):
+    report.chunk(chunk)
+prediction, measured = report.close()
+status = open("/proc/self/status").read().splitlines()
+(peak,) = [int(line.split()[1]) for line in status if line.startswith("VmHWM:")]
+print(json.dumps({"peak": 1024 * peak, "rate": prediction.tok_s, "measured": measured.tok_s}))
 """
 PROMPTS_BY_DEVICE = """
 import json, sys
@@ -149,6 +165,33 @@ def test_a_run_in_a_cgroup_of_the_budget_gives_the_tokens_of_no_limit(packed, tm
         assert forwards * told["missed"] <= told["read"] <= (forwards + 1) * told["missed"]
     finally:
         group.close()
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="needs Linux's /proc")
+@pytest.mark.parametrize("order", ["panels", "channels", "experts", "as many scales as codes"])
+def test_what_foretells_the_rate_keeps_the_budget_too(packed, tmp_path, order):
+    model = packed
+    if order == "channels":
+        model = reorder(packed, tmp_path / "model", banks_of(op_list(packed.config)))
+    elif order == "experts":
+        model = random_packed(MIXTURE, random_recipe(bits=8, outer_bits=8), tmp_path / "model")
+    elif order != "panels":
+        rule = Rule("*", bits=2, group_size=16, scheme=Scheme.ASYMMETRIC)
+        model = random_packed(CONFIG, Recipe((rule,)), tmp_path / "model")
+    command = [sys.executable, "-c", FORETOLD, str(model.path)]
+    refused = subprocess.run(
+        [*command, "1M", str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    least = re.search(r"wanted at least (\d+) \(MB", refused.stderr)
+    assert least, refused.stderr
+    budget = (int(least[1]) + 4) * 1_000_000
+    done = subprocess.run(
+        [*command, str(budget), str(tmp_path)], capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["rate"] > 0
+    assert told["peak"] <= budget
 
 
 @pytest.mark.parametrize("order", ["panels", "channels"])

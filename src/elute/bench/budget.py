@@ -1,8 +1,8 @@
 """What a budget of memory gives on this machine: the plan, and the rate to expect.
 
 Two rates are told. The bound is what reading alone allows: no order of work is faster. The expected
-one is a rehearsal of the plan (bench/rehearsal.py), or what this machine's measured pace and disk
-make of banks; `plan` and the last lines of a run take it from the same function, `predict`.
+one is a rehearsal of the plan (bench/rehearsal.py), or, where none can be made, what this machine's
+measured pace and disk make of it; `plan` and the last lines of a run take it from `predict`.
 """
 
 from __future__ import annotations
@@ -11,27 +11,27 @@ import os
 import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
-from elute.bench.pace import Pace, measured_pace
-from elute.bench.rehearsal import rehearse, rehearse_banks
-from elute.errors import DeviceError, UnsupportedError
+from elute.bench.pace import Compute, Pace, measured_pace
+from elute.bench.rehearsal import Rehearsed, rehearse, rehearse_banks
+from elute.errors import BudgetError, DeviceError, UnsupportedError
 from elute.flash.banks import GAP_BYTES
 from elute.flash.disk import RANDOM_DEPTH, Disk, measure, measured, rate_now
 from elute.flash.plan import Plan
-from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded
+from elute.flash.weights import DEPTH, REQUEST_BYTES, Recorded, uses
 from elute.formats import sources
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
-from elute.kernels.registry import Choice
 from elute.model.families import op_list
 from elute.model.ops import Experts, Head, Linear, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
+from elute.runtime.store import has_experts
 from elute.runtime.threads import default_threads
 
 if TYPE_CHECKING:
@@ -75,56 +75,47 @@ def predict(
     packed: Recorded,
     config: Mapping[str, Any],
     plan: Plan,
-    flash: Flash,
+    flash: Flash | None,
+    compute: Compute,
     *,
-    n_threads: int,
-    cache_type: str,
     room: int | None = None,
-    kernels: Mapping[int, Choice] | None = None,
     sparsity: float = 0.0,
+    cache_aware: float = 0.0,
 ) -> Prediction:
-    """The one forecast of `elute plan` and of a run's last lines. Arguments as of measured_pace."""
-    pace = measured_pace(
-        packed, config, n_threads=n_threads, cache_type=cache_type, room=room, kernels=kernels
-    )
+    """The one forecast of `elute plan` and of a run's last lines. Arguments as of measured_pace.
+
+    flash  None where nothing is read
+    """
+    pace = measured_pace(packed, config, compute, room=room)
     _native.return_freed_memory()
-    if plan.staging:
-        if flash.file is None:
-            return _predict_banks(plan, pace, flash.disk, sparsity)
-        told = None
-        if isinstance(packed, PackedModel) and (packed.banks or not sparsity):
-            told = rehearse_banks(
-                packed,
-                plan,
-                flash.disk,
-                sparsity=sparsity,
-                rest_s=pace.rest_s,
-                n_threads=n_threads,
-                cache_type=cache_type,
-                kernels=kernels,
-            )
-            _native.return_freed_memory()
-        if told is None:  # with the disk as it is now: flash.disk may be of long ago
-            return _predict_banks(plan, pace, measure(flash.file), sparsity)
-        return Prediction(1 / told.token_s, plan.missed, told.waited_s, plan.total)
-    if not plan.places:
+    if flash is None or not plan.missed:
         return Prediction(1 / pace.token_s, 0, 0.0, plan.total)
-    if flash.file is None:  # reading and computing overlap as well as can be
-        waited_s = max(0.0, plan.missed / flash.disk.sequential_bytes_s - pace.layers_s)
-        return Prediction(1 / (pace.token_s + waited_s), plan.missed, waited_s, plan.total)
-    found = rehearse(
-        packed,
-        config,
-        plan,
-        flash.file,
-        flash.disk,
-        rest_s=pace.rest_s,
-        n_threads=n_threads,
-        cache_type=cache_type,
-        kernels=kernels,
-    )
+    by_channel = bool(plan.staging) and not has_experts(config)
+    told = None
+    if flash.file is not None and plan.places:
+        told = rehearse(packed, config, plan, flash.file, flash.disk, compute)
+        if told is not None:  # the window fills while the rest is computed
+            hidden_s = min(pace.rest_s, plan.window / flash.disk.sequential_bytes_s)
+            told = replace(told, waited_s=max(0.0, told.waited_s - hidden_s))
+    elif (
+        flash.file is not None
+        and isinstance(packed, PackedModel)
+        and (packed.banks or not by_channel)  # else it would be put in channel order first
+    ):
+        told = rehearse_banks(
+            packed, plan, flash.disk, compute, sparsity=sparsity, cache_aware=cache_aware
+        )
     _native.return_freed_memory()
-    return Prediction(1 / found.token_s, plan.missed, found.waited_s, plan.total)
+    if told is None and plan.places:
+        # Reading and computing overlap as well as can be.
+        read_s = plan.missed / flash.disk.sequential_bytes_s
+        told = Rehearsed(pace.layers_s, max(0.0, read_s - pace.layers_s))
+    elif told is None:
+        # The disk as it is now: flash.disk may be of long ago.
+        disk = flash.disk if flash.file is None else measure(flash.file)
+        told = _foretold_banks(plan, pace, disk, sparsity if by_channel else None)
+    token_s = told.worked_s + told.waited_s + pace.rest_s
+    return Prediction(1 / token_s, plan.missed, told.waited_s, plan.total)
 
 
 # A product by channel takes so much of one in panels, whatever counts, and so much for what counts
@@ -132,12 +123,14 @@ def predict(
 CHANNELS_S, ACTIVE_S = 0.13, 1.35
 
 
-def _predict_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float) -> Prediction:
+def _foretold_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float | None) -> Rehearsed:
     """What is wanted is known when its input is, so reading and computing take turns, as far as it
-    cannot be foreseen. Any block that is not kept is as likely to be wanted as another."""
-    by_channel = bool(sparsity) or any(bank.wanted == 1 for bank in plan.banks)
+    cannot be foreseen. Any block that is not kept is as likely to be wanted as another.
+
+    sparsity  of channels; None of experts
+    """
     layers_s = pace.layers_s
-    if by_channel:
+    if sparsity is not None:
         layers_s *= CHANNELS_S + ACTIVE_S * (1 - sparsity)
     flash_s, foreseen = 0.0, 0.0
     for bank in plan.banks:
@@ -150,34 +143,32 @@ def _predict_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float) -> Predi
         # The first of them is waited for alone, as long as all that could have been in flight.
         flash_s += (RANDOM_DEPTH + reads) * disk.request_s + n_bytes / disk.bytes_s
         foreseen += share / len(plan.banks)
-    waited = max(0.0, flash_s - foreseen * layers_s)
-    return Prediction(1 / (layers_s + pace.rest_s + waited), plan.missed, waited, plan.total)
+    return Rehearsed(layers_s, max(0.0, flash_s - foreseen * layers_s))
 
 
 def predict_run(
     packed: PackedModel,
     plan: Plan,
+    compute: Compute,
     *,
-    n_threads: int,
-    cache_type: str,
-    kernels: Mapping[int, Choice],
     sparsity: float = 0.0,
+    cache_aware: float = 0.0,
 ) -> Prediction:
     """The same for a run that is over and whose weights are gone, in the memory that they left.
 
     Raises DeviceError when the files cannot be read, BudgetError when the memory is not there.
     """
     _native.return_freed_memory()
+    file = packed.largest_shard
     return predict(
         packed,
         packed.config,
         plan,
-        Flash(measured(packed.largest_shard), packed.largest_shard),
-        n_threads=n_threads,
-        cache_type=cache_type,
+        Flash(measured(file), file) if plan.missed else None,
+        compute,
         room=plan.total - plan.fixed["process"] - plan.fixed["scratch"],
-        kernels=kernels,
         sparsity=sparsity,
+        cache_aware=cache_aware,
     )
 
 
@@ -285,15 +276,16 @@ def forecast(
         if flash.file is not None:
             bytes_s = rate_now(flash.file, flash.disk)
         ceilings = MeasuredCeilings(executor.chosen_isa())(n_threads)
-        prediction = predict(
-            packed,
-            packed.config,
-            found.plan,
-            flash,
-            n_threads=n_threads,
-            cache_type=cache_type,
-            sparsity=sparsity,
-        )
+        compute = Compute(n_threads, cache_type)
+        try:
+            prediction = predict(
+                packed, packed.config, found.plan, flash, compute, sparsity=sparsity
+            )
+        except BudgetError:  # of the machine as it is, not of the budget
+            raise DeviceError(
+                "plan: found too little free memory to measure how fast this machine computes the "
+                "model; close programs"
+            ) from None
     return Forecast(
         found.plan,
         prediction,
@@ -311,7 +303,6 @@ def _process_with_tokenizer(packed: PackedModel) -> int:
     """Bytes that the process holds with all that load has before it plans."""
     import psutil
 
-    from elute import api  # noqa: F401
     from elute.formats.chat_template import ChatTemplate
     from elute.formats.tokenizer import Tokenizer
 
@@ -351,10 +342,14 @@ def _disk_under(
     elif isinstance(packed, PackedModel):
         yield Flash(measured(packed.largest_shard), packed.largest_shard)
     else:
-        folder = cache_dir or sources.cache_dir()
-        largest = max(
-            part.stored_bytes for record in packed.records.values() for part in record.parts()
-        )
+        try:
+            folder = cache_dir or sources.cache_dir()
+        except RuntimeError:  # of Path.home()
+            raise DeviceError(
+                "plan: found no home folder to write a file in, from which the rate of the disk is "
+                "learned; give it with --flash, or set ELUTE_HOME"
+            ) from None
+        largest = max(use.total for use in uses(op_list(packed.config), packed))
         with _some_file(folder, max(PROBE_BYTES, largest)) as file:
             yield Flash(measured(file), file)
 

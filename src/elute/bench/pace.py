@@ -7,6 +7,7 @@ attention, norms and the turns between steps are all in it.
 
 from __future__ import annotations
 
+import math
 import statistics
 import time
 from collections.abc import Mapping
@@ -15,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from elute.bench.random_weights import RandomWeights, side_by_side
+from elute.bench.random_weights import RANDOM_BYTES, RandomWeights, side_by_side
 from elute.flash.weights import Recorded
 from elute.formats.packed_layout import MatrixRecord, align
 from elute.kernels.registry import Choice
@@ -23,7 +24,7 @@ from elute.model.families import op_list
 from elute.model.ops import Embed, Experts, Head, Linear, OpList
 from elute.quantize.recipe import Recipe, Rule, Scheme
 from elute.runtime.executor import Executor
-from elute.types import OVER_READ, Affine
+from elute.types import OVER_READ, Affine, WeightSource
 
 ENOUGH_BYTES = 192 << 20  # of layers: caches of some 32 MiB hold no part of them
 CONTEXT = 64
@@ -44,23 +45,41 @@ class Pace:
         return self.layers_s + self.rest_s
 
 
+@dataclass(frozen=True)
+class Compute:
+    """How a run computes; see Executor."""
+
+    n_threads: int
+    cache_type: str
+    isa: str | None = None
+    kernels: Mapping[int, Choice] | None = None
+
+    def executor(self, ops: OpList, weights: WeightSource, *, context: int) -> Executor:
+        return Executor(
+            ops,
+            weights,
+            context=context,
+            n_threads=self.n_threads,
+            cache_type=self.cache_type,
+            isa=self.isa,
+            kernels=self.kernels,
+        )
+
+
 def measured_pace(
-    packed: Recorded,
-    config: Mapping[str, Any],
-    *,
-    n_threads: int,
-    cache_type: str,
-    room: int | None = None,
-    kernels: Mapping[int, Choice] | None = None,
+    packed: Recorded, config: Mapping[str, Any], compute: Compute, *, room: int | None = None
 ) -> Pace:
     """room: bytes that the weights may take; None: as many as are good for the measurement.
 
     Raises BudgetError when the memory is not there.
     """
     whole = op_list(config)
-    layers = sum(_planes(packed, name) for name in layer_matrices(whole))
-    head = sum(_stored(packed, op.weight) for op in whole.ops if isinstance(op, Head))
-    most = ENOUGH_BYTES if room is None else min(ENOUGH_BYTES, room - head)
+    layers = sum(_held(packed, name) for name in layer_matrices(whole))
+    head = sum(_held(packed, op.weight) for op in whole.ops if isinstance(op, Head))
+    most = ENOUGH_BYTES
+    if room is not None:
+        rows = sum(math.prod(packed.records[name].shape) // 8 for name in _rows(whole))
+        most = min(ENOUGH_BYTES, room - head - rows - RANDOM_BYTES)
     n_layers = max(1, min(whole.n_layers, most * whole.n_layers // max(1, layers)))
     counts = sorted({max(1, n_layers // 2), n_layers})
     lists = [op_list(cut(config, n, whole.n_layers)) for n in counts]
@@ -69,14 +88,7 @@ def measured_pace(
     weights = RandomWeights(lists[-1], recipe_of(lists[-1], packed), planes=side_by_side(sizes))
     seconds = []
     for ops in lists:  # one after the other: threads of the one that waits would take processors
-        executor = Executor(
-            ops,
-            weights,
-            context=CONTEXT,
-            n_threads=n_threads,
-            cache_type=cache_type,
-            kernels=kernels,
-        )
+        executor = compute.executor(ops, weights, context=CONTEXT)
         seconds.append(_token_s(executor))
         del executor
     share = layers * counts[-1] / whole.n_layers
@@ -120,8 +132,17 @@ def _planes(packed: Recorded, name: str) -> int:
     return record.planes_bytes
 
 
-def _stored(packed: Recorded, name: str) -> int:
-    return sum(part.stored_bytes for part in packed.records[name].parts())
+def _held(packed: Recorded, name: str) -> int:
+    """Bytes of a matrix in memory, wherever its planes lie in files."""
+    parts = packed.records[name].parts()
+    scales = sum(part.stored_bytes for part in parts if part.suffix in (".scales", ".offsets"))
+    return _planes(packed, name) + scales
+
+
+def _rows(ops: OpList) -> set[str]:
+    """Embeddings that no head shares."""
+    heads = {op.weight for op in ops.ops if isinstance(op, Head)}
+    return {op.weight for op in ops.ops if isinstance(op, Embed)} - heads
 
 
 def cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
@@ -136,8 +157,7 @@ def cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
 def recipe_of(ops: OpList, packed: Recorded) -> Recipe:
     """Random matrices as the model stores its own, but an embedding of its own in one bit: of it a
     token reads a row."""
-    heads = {op.weight for op in ops.ops if isinstance(op, Head)}
-    rows = {op.weight for op in ops.ops if isinstance(op, Embed)} - heads
+    rows = _rows(ops)
     rules = []
     for name in ops.matrices():
         record = packed.records[name]

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 # Planes are cut from one block of random bytes at changing places: copying is several times as
 # fast as drawing, and no kernel's time depends on which codes it meets.
 BLOCK_BYTES = 4 << 20
+RANDOM_BYTES = 3 * BLOCK_BYTES  # what drawing holds beside the weights
 BLOCK_STEP = (1 << 16) + 4096  # from the place of one copy in the block to that of the next
 TERNARY_ZERO = 1
 F16_BIAS, F16_MANTISSA_BITS, F16_LEAST_EXPONENT = 15, 10, -14

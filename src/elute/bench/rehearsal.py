@@ -18,19 +18,18 @@ import numpy as np
 
 from elute import _native
 from elute.api import text_tokens
-from elute.bench.pace import CONTEXT, cut, recipe_of
+from elute.bench.pace import CONTEXT, Compute, cut, layer_matrices, recipe_of
 from elute.bench.random_weights import RandomWeights, check_memory, side_by_side
 from elute.errors import DeviceError
 from elute.flash.disk import Disk
 from elute.flash.plan import BLOCK, Plan, least_window, split
 from elute.flash.sparsity import thresholds
-from elute.flash.weights import FlashWeights, Recorded, pages, uses
+from elute.flash.weights import FlashWeights, Recorded, pages, resident_bytes, uses
 from elute.formats.packed import PackedModel
-from elute.formats.packed_layout import Records
+from elute.formats.packed_layout import MatrixRecord, Records
 from elute.formats.tokenizer import Tokenizer
-from elute.kernels.registry import Choice
 from elute.model.families import op_list
-from elute.model.ops import Experts, Linear, OpList
+from elute.model.ops import OpList
 from elute.runtime import calibration
 from elute.runtime.executor import Executor
 
@@ -40,17 +39,19 @@ MOST_READ_S = 0.2
 MOST_BYTES = 768 << 20
 # Of banks fewer: what stays of them is found out over many tokens.
 MOST_BANKS_S = 0.1
-LEAST_BANK_LAYERS, MOST_BANK_LAYERS = 2, 8
-ENOUGH_S = 1.0
+MOST_BANK_LAYERS = 8
+PROMPT, BANKS_CONTEXT = 32, 256  # tokens, as a run has some in its cache when it generates
+VOCABULARY = 256  # of random weights: the head is no part of it
+ENOUGH_S, MOST_S = 1.0, 5.0
 LEAST_TOKENS = 3
 WARM_UP = 2
 
 
 @dataclass(frozen=True)
 class Rehearsed:
-    """Of a token of the whole model."""
+    """Of all layers, for a token: seconds that they compute, and that they wait for flash."""
 
-    token_s: float
+    worked_s: float
     waited_s: float
 
 
@@ -60,19 +61,15 @@ def rehearse(
     plan: Plan,
     file: Path,
     disk: Disk,
-    *,
-    rest_s: float,
-    n_threads: int,
-    cache_type: str,
-    kernels: Mapping[int, Choice] | None = None,
-) -> Rehearsed:
+    compute: Compute,
+) -> Rehearsed | None:
     """Of a plan with a window.
 
-    file    what is read: on the model's disk, at least as long as the largest matrix
-    disk    that of `file`, as a run would use it
-    rest_s  what follows the layers (bench/pace.py), which a few layers have as the whole model has
+    file  what is read: on the model's disk, at least as long as the largest matrix
+    disk  that of `file`, as a run would use it
 
-    Raises BudgetError when the memory is not there, DeviceError when the file cannot be read.
+    None for a disk so slow that it would take long. Raises BudgetError when the memory is not
+    there, DeviceError when the file cannot be read.
     """
     whole = op_list(config)
     order = uses(whole, _Alike(packed.records))
@@ -81,102 +78,138 @@ def rehearse(
         sum(use.total for use in order) / MOST_BYTES,
     )
     n_layers = max(1, min(whole.n_layers, int(whole.n_layers / least)))
-    ops = op_list(cut(config, n_layers, whole.n_layers))
+    config = {**cut(config, n_layers, whole.n_layers), "vocab_size": VOCABULARY}
+    ops = op_list(config)
+    if _is_long(plan.missed * n_layers / whole.n_layers, 0, disk):
+        return None
     weights = _Streamed(packed, ops, plan, file, disk)
-    executor = Executor(
-        ops,
-        weights,
-        context=CONTEXT,
-        n_threads=n_threads,
-        cache_type=cache_type,
-        kernels=kernels,
+    executor = compute.executor(ops, weights, context=CONTEXT)
+    token_s, waited_s = _timed(executor, range(CONTEXT), weights.stream.figures)
+    return Rehearsed(
+        (token_s - waited_s) * whole.n_layers / n_layers,
+        waited_s * plan.missed / weights.plan.missed,
     )
-    token_s, waited_s = _timed(executor, [*range(CONTEXT)], weights.stream.figures)
-    if weights.stream.failure:
-        raise DeviceError(weights.stream.failure)
-    worked_s = max(0.0, token_s - waited_s - rest_s) * whole.n_layers / n_layers
-    waited_s *= plan.missed / weights.plan.missed
-    return Rehearsed(worked_s + waited_s + rest_s, waited_s)
 
 
 def rehearse_banks(
     packed: PackedModel,
     plan: Plan,
     disk: Disk,
+    compute: Compute,
     *,
     sparsity: float,
-    rest_s: float,
-    n_threads: int,
-    cache_type: str,
-    kernels: Mapping[int, Choice] | None = None,
+    cache_aware: float = 0.0,
 ) -> Rehearsed | None:
     """Of a plan with staging memory, on the model's own weights, since what a token wants of them
     is up to the values: tokens of elute's own text run through its first layers.
 
-    None for a sparsity of a model that was not calibrated. Raises as `rehearse`.
+    None for a sparsity of a model that was not calibrated, and as `rehearse`, which has the errors.
     """
     whole = op_list(packed.config)
     scores = calibration.saved(packed, whole) if sparsity else {}
     if scores is None:
         return None
-    n_bytes = sum(bank.wanted * bank.total for bank in plan.banks)
-    least = max(n_bytes / disk.sequential_bytes_s / MOST_BANKS_S, whole.n_layers / MOST_BANK_LAYERS)
-    n_layers = max(1, min(whole.n_layers, int(whole.n_layers / least)))
-    n_layers = max(n_layers, min(whole.n_layers, LEAST_BANK_LAYERS))
-    ops = op_list(cut(packed.config, n_layers, whole.n_layers))
-    names = {name for op in ops.ops if isinstance(op, Linear) for name in op.weights}
-    names.update(name for op in ops.ops if isinstance(op, Experts) for name in op.matrices())
-    banks = tuple(bank for bank in plan.banks if bank.name in names)
-    slots = {bank.name: plan.slots[bank.name] for bank in banks}
-    slot_bytes = sum(bank.block_bytes * slots[bank.name] for bank in banks)
+    tokens = _own_tokens(packed)[:BANKS_CONTEXT]
+    wanted = sum(bank.wanted * bank.total for bank in plan.banks)
+    most = min(
+        MOST_BANK_LAYERS, int(whole.n_layers * MOST_BANKS_S * disk.sequential_bytes_s / wanted)
+    )
+    for n_layers in range(max(1, min(most, whole.n_layers)), whole.n_layers + 1):
+        ops = op_list(cut(packed.config, n_layers, whole.n_layers))
+        within = _cut_banks(packed, plan, ops)
+        if within is not None:  # else its layers have none, or only a part of one
+            break
+    assert within is not None  # of all layers
+    kept = within.slot_bytes + resident_bytes(ops, packed)
+    if _is_long(within.missed, kept, disk):
+        return None
+    check_memory(kept + within.staging, "the weights")
     weights = FlashWeights(
         packed,
         ops,
-        replace(plan, banks=banks, slots=slots, slot_bytes=slot_bytes),
+        within,
         request_bytes=disk.request_bytes,
         gap_bytes=disk.gap_bytes,
+        tell=False,  # a run does
     )
-    executor = Executor(
-        ops,
-        weights,
-        context=CONTEXT,
-        n_threads=n_threads,
-        cache_type=cache_type,
-        kernels=kernels,
-    )
+    executor = compute.executor(ops, weights, context=BANKS_CONTEXT)
     found = thresholds(scores, sparsity) if sparsity else {}
-    executor.sparsify({name: at for name, at in found.items() if name in executor.inputs})
+    found = {name: at for name, at in found.items() if name in executor.inputs}
+    executor.sparsify(found, cache_aware=cache_aware)
+    token_s, waited_s = _timed(executor, tokens, weights.figures, n_prompt=PROMPT)
+    return Rehearsed(
+        (token_s - waited_s) * whole.n_layers / n_layers, waited_s * plan.missed / within.missed
+    )
+
+
+def _cut_banks(packed: PackedModel, plan: Plan, ops: OpList) -> Plan | None:
+    """The plan for what the ops use of the banks; None without any, or with a part of one."""
+    names = set(layer_matrices(ops))
+    members: dict[str, set[str]] = {}
+    for name, record in packed.records.items():
+        if isinstance(record, MatrixRecord) and record.bank is not None:
+            members.setdefault(record.bank, set()).add(name)
+    banks = []
+    for bank in plan.banks:
+        used = members.get(bank.name, {bank.name}) & names
+        if used and used != members.get(bank.name, {bank.name}):
+            return None
+        if used:
+            banks.append(bank)
+    if not banks:
+        return None
+    slots = {bank.name: plan.slots[bank.name] for bank in banks}
+    missed = sum(
+        bank.wanted * (bank.n_blocks - slots[bank.name]) * bank.block_bytes for bank in banks
+    )
+    slot_bytes = sum(slots[bank.name] * bank.block_bytes for bank in banks)
+    return replace(
+        plan, banks=tuple(banks), slots=slots, slot_bytes=slot_bytes, missed=round(missed)
+    )
+
+
+def _own_tokens(packed: PackedModel) -> list[int]:
     tokenizer = Tokenizer.from_files(packed.tokenizer_files())
     tokens, _ = text_tokens(tokenizer, calibration.own_text())
-    token_s, waited_s = _timed(executor, tokens[:CONTEXT], weights.figures)
-    if weights.banks is not None and weights.banks.failure:
-        raise DeviceError(weights.banks.failure)
-    times = whole.n_layers / n_layers
-    layers_s = max(token_s - rest_s, waited_s)
-    return Rehearsed(layers_s * times + rest_s, waited_s * times)
+    del tokenizer
+    _native.return_freed_memory()  # a vocabulary takes ten times its size while it is read
+    return tokens
+
+
+def _is_long(missed: float, kept: int, disk: Disk) -> bool:
+    return ((WARM_UP + LEAST_TOKENS) * missed + kept) / disk.sequential_bytes_s > MOST_S
 
 
 def _timed(
-    executor: Executor, tokens: Sequence[int], figures: Callable[[], tuple[int, float]]
+    executor: Executor,
+    tokens: Sequence[int],
+    figures: Callable[[], tuple[int, float]],
+    *,
+    n_prompt: int = 0,
 ) -> tuple[float, float]:
-    """-> seconds of a token and seconds that it waited, one token after the other.
+    """-> seconds of the layers for a token, and seconds that they wait, one after the other.
 
-    figures  whose second is the seconds that all threads waited so far
+    figures   whose second is the seconds that all threads waited so far
+    n_prompt  that are computed together before
     """
+    with executor.cut([]) as segments:
 
-    def forward(i: int) -> None:
-        position = i % len(tokens)
-        executor.forward(np.array([tokens[position]], np.int32), position)
+        def forward(first: int, n: int = 1) -> None:
+            segments.run(0, np.array(tokens[first : first + n], np.int32), first)  # without a head
 
-    for i in range(WARM_UP):
-        forward(i)
-    n_tokens = 0
-    waited_before, begun = figures()[1], time.perf_counter()
-    while (took := time.perf_counter() - begun) < ENOUGH_S or n_tokens < LEAST_TOKENS:
-        forward(WARM_UP + n_tokens)
-        n_tokens += 1
-    waited_s = (figures()[1] - waited_before) / executor.n_threads
-    return took / n_tokens, waited_s / n_tokens
+        if n_prompt:
+            forward(0, n_prompt)
+        for i in range(WARM_UP):
+            forward(n_prompt + i)
+        first, n_tokens = n_prompt + WARM_UP, 0
+        waited_before, begun = figures()[1], time.perf_counter()
+        while (took := time.perf_counter() - begun) < ENOUGH_S or n_tokens < LEAST_TOKENS:
+            if took > MOST_S and n_tokens:
+                break
+            forward(first + n_tokens % (len(tokens) - first))
+            n_tokens += 1
+        waited_s = (figures()[1] - waited_before) / executor.n_threads
+    return took / n_tokens, min(took, waited_s) / n_tokens
 
 
 class _Streamed(RandomWeights):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -10,6 +11,8 @@ if TYPE_CHECKING:
     from elute.api import Model
     from elute.bench.budget import Prediction
     from elute.runtime.engine import Chunk
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -75,9 +78,12 @@ class MemoryReport:
             self._spans.append((self._first, self._last))
         self._first = self._last = None
 
-    def close(self) -> tuple[Prediction, Measured]:
-        """Closes the model, whose memory the prediction needs for what it measures."""
+    def close(self) -> tuple[Prediction | None, Measured]:
+        """Closes the model, whose memory the prediction needs for what it measures. None where that
+        fails, with a line that says why: the answer is there."""
         from elute.bench.budget import predict_run
+        from elute.bench.pace import Compute
+        from elute.errors import EluteError
         from elute.formats.packed import PackedModel
         from elute.runtime.executor import Executor
 
@@ -85,19 +91,23 @@ class MemoryReport:
         assert model.flash is not None
         executor = model.executor if model.prompts is None else model.prompts.host
         assert isinstance(executor, Executor)
-        plan, n_threads, kernels = model.flash.plan, executor.n_threads, executor.kernels
-        cache_type, path = executor.cache_type, model.path
-        measured = self._measured(n_threads)
+        plan, path = model.flash.plan, model.path
+        compute = Compute(executor.n_threads, executor.cache_type, executor.isa, executor.kernels)
+        cache_aware = executor.cache_aware
+        measured = self._measured(executor.n_threads)
         del executor
         model.close()
-        prediction = predict_run(
-            PackedModel.open(path),
-            plan,
-            n_threads=n_threads,
-            cache_type=cache_type,
-            kernels=kernels,
-            sparsity=model.sparsity,
-        )
+        try:
+            prediction = predict_run(
+                PackedModel.open(path),
+                plan,
+                compute,
+                sparsity=model.sparsity,
+                cache_aware=cache_aware,
+            )
+        except EluteError as error:
+            log.warning("what was to be expected cannot be told: %s", error)
+            return None, measured
         return prediction, measured
 
     def _measured(self, n_threads: int) -> Measured:
@@ -118,16 +128,8 @@ class MemoryReport:
         )
 
 
-def report_lines(prediction: Prediction, measured: Measured) -> list[str]:
-    """Two lines, one under the other."""
-    foretold = _line(
-        "predicted",
-        prediction.tok_s,
-        prediction.read_bytes,
-        prediction.waited_s,
-        prediction.resident_bytes,
-        0,
-    )
+def report_lines(prediction: Prediction | None, measured: Measured) -> list[str]:
+    """Two lines, one under the other; the second alone where nothing was predicted."""
     told = _line(
         "measured ",
         measured.tok_s,
@@ -135,6 +137,16 @@ def report_lines(prediction: Prediction, measured: Measured) -> list[str]:
         measured.waited_s_per_token,
         measured.resident_bytes,
         measured.page_cache_bytes,
+    )
+    if prediction is None:
+        return [told]
+    foretold = _line(
+        "predicted",
+        prediction.tok_s,
+        prediction.read_bytes,
+        prediction.waited_s,
+        prediction.resident_bytes,
+        0,
     )
     return [foretold, told]
 

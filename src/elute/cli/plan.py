@@ -45,9 +45,11 @@ def command(
 ) -> int:
     """Show how a budget of memory is split, the bound that the disk sets, and the expected rate.
 
-    Reads headers alone: nothing is packed, and of a repository that is not here some kilobytes are
-    fetched. Sizes are those that packing gives. Leaves with 0 when all weights fit, with 1 when
-    some are read from flash for every token, with 2 when the budget is too small.
+    Sizes follow from headers alone: nothing is packed, and of a repository that is not here some
+    kilobytes are fetched. The rate is that of a rehearsal of some seconds: layers of this shape run
+    under the plan, with the disk that the model is on, or would be packed to. Leaves with 0 when
+    all weights fit, with 1 when some are read from flash for every token, with 2 when the budget is
+    too small.
     """
     import psutil
 

@@ -214,5 +214,6 @@ def _print_json(model: Model, done: Completion, load_s: float, report: MemoryRep
         ]
     if report is not None:
         prediction, measured = report.close()
-        value["predicted"], value["measured"] = prediction.to_json(), measured.to_json()
+        value["predicted"] = None if prediction is None else prediction.to_json()
+        value["measured"] = measured.to_json()
     answer_json(value)

@@ -141,9 +141,9 @@ def measured(file: Path, *, folder: Path | None = None) -> Disk:
         return found
     try:
         device, kept_in = Device.of(file), cache_file(folder)
-        disk = _measure_once(file, device)
-    except (OSError, RuntimeError) as error:  # RuntimeError: the native std::system_error
+    except OSError as error:
         raise DeviceError(f"{error}; check the model's files") from None
+    disk = _measure_once(file, device)
     if kept_in is None:
         log.info("found no home folder to keep the measurement in; each start measures again")
         return disk
@@ -176,7 +176,17 @@ def _measure_once(file: Path, _device: Device) -> Disk:
 
 
 def measure(file: Path, *, reader: str = "auto") -> Disk:
-    """Reads the file for about LIMIT_S, in MOST_IN_FLIGHT of memory."""
+    """Reads the file for about LIMIT_S, in MOST_IN_FLIGHT of memory.
+
+    Raises DeviceError for a file that cannot be read.
+    """
+    try:
+        return _measure(file, reader)
+    except (OSError, RuntimeError) as error:  # RuntimeError: the native std::system_error
+        raise DeviceError(f"{error}; check the model's files") from None
+
+
+def _measure(file: Path, reader: str) -> Disk:
     size = file.stat().st_size // BLOCK * BLOCK
     memory = pages(MOST_IN_FLIGHT)
     memory[::BLOCK] = 1  # there before the clock runs

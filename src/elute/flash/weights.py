@@ -33,8 +33,8 @@ class FlashWeights:
     """The WeightSource of a plan. Everything but the streamed planes is read when it is opened.
 
     Nothing is mapped, so what the process holds is what the plan counts. With sums, every page is
-    checked when it has been read and before it is used. Raises DeviceError when a file cannot be
-    read, or not as it was written.
+    checked when it has been read and before it is used. tell: a line where the system refuses how
+    reads are best made. Raises DeviceError when a file cannot be read, or not as it was written.
     """
 
     def __init__(
@@ -51,6 +51,7 @@ class FlashWeights:
         predictor: Predictor = Predictor.MODEL,
         bank_depth: int = banks.DEPTH,
         gap_bytes: int = banks.GAP_BYTES,
+        tell: bool = True,
     ) -> None:
         self._packed = packed
         self._sums = sums
@@ -93,9 +94,9 @@ class FlashWeights:
         if loading.failure:
             raise DeviceError(loading.failure)
         self.reader = loading.reader
-        if reader == "auto" and self.reader != "io_uring":
+        if tell and reader == "auto" and self.reader != "io_uring":
             log.log(NOTE, "this system refuses io_uring; weights are read by threads instead")
-        if direct and not loading.direct:
+        if tell and direct and not loading.direct:
             log.warning(
                 "%s: the file system refuses O_DIRECT; reading through the page cache and "
                 "emptying it behind, which is slower",

@@ -119,6 +119,7 @@ class Executor:
             raise DeviceError(str(error)) from None
         self._native = native
         self._masks = builder.masks
+        self.cache_aware = 0.0  # as sparsify set it
         self.sites: Sequence[Site] = tuple(builder.sites)
         self.n_registers = len(ops.registers)
         self._cached = 0  # positions in the cache
@@ -184,6 +185,7 @@ class Executor:
                 importance = [] if found is None else found.importance.tolist()
                 self._native.set_mask(mask, importance, 0.0 if found is None else found.value)
             self._native.set_cache_aware(cache_aware)
+            self.cache_aware = cache_aware
             self._cached = 0
 
     @contextmanager
