@@ -6,11 +6,14 @@ import pytest
 
 from elute.bench import budget
 from elute.bench.budget import Flash, predict
-from elute.bench.pace import Compute, Pace
+from elute.bench.pace import Compute, Pace, cut, layer_matrices
 from elute.bench.rehearsal import Rehearsed
-from elute.errors import DeviceError
+from elute.bench.shapes import CONFIGS
+from elute.errors import BudgetError, DeviceError
 from elute.flash.disk import Disk
 from elute.flash.plan import BLOCK, Use, solve
+from elute.model.families import op_list
+from elute.model.rope import FREQUENCY_FACTORS
 
 DISK = Disk(1e9, 1e-5, 1e9, 4, 1 << 20, "io_uring")
 DENSE = {
@@ -87,3 +90,44 @@ def test_where_nothing_can_be_written_is_one_sentence(tmp_path, monkeypatch):
     none = pytest.raises(DeviceError, match="found no home folder")
     with none, budget._disk_under(foreseen, None, None):
         pass
+
+
+def test_a_rehearsal_without_memory_leaves_the_formula(monkeypatch, tmp_path):
+    def too_large(*_, **__):
+        raise BudgetError("bench: the window takes 9 MiB, but 1 MiB are available")
+
+    monkeypatch.setattr(budget, "measured_pace", lambda *_, **__: Pace(0.002, 0.001))
+    monkeypatch.setattr(budget, "rehearse", too_large)
+    found = predict(SimpleNamespace(), DENSE, PLAN, Flash(DISK, tmp_path), Compute(1, "f16"))
+    assert 1 / found.tok_s == pytest.approx(PLAN.missed / 1e9 + 0.001)
+
+
+def test_a_model_by_channel_that_fits_takes_the_time_of_its_kernels(monkeypatch):
+    monkeypatch.setattr(budget, "measured_pace", lambda *_, **__: Pace(0.002, 0.001))
+    plan = solve(10**9, {}, [Use(("a",), (BLOCK,))])
+    by_channel = SimpleNamespace(banks={"a": None})
+    dense, half = (
+        predict(by_channel, DENSE, plan, None, Compute(1, "f16"), sparsity=sparsity)
+        for sparsity in (0.0, 0.5)
+    )
+    assert 1 / dense.tok_s == pytest.approx(0.002 * 1.48 + 0.001)
+    assert 1 / half.tok_s == pytest.approx(0.002 * (0.13 + 1.35 / 2) + 0.001)
+
+
+def test_the_pace_of_a_mixture_weighs_the_experts_that_a_token_picks():
+    shape = {**CONFIGS["olmoe-1b-7b"], "num_hidden_layers": 3}
+    ops = op_list(shape)
+    all_of_them, picked = layer_matrices(ops), layer_matrices(ops, picked=True)
+    attention = 3 * 4
+    assert len(all_of_them) - attention == 3 * 3 * 64
+    assert len(picked) - attention == 3 * 3 * 8
+    assert set(picked) <= set(all_of_them)
+
+
+def test_lists_of_something_else_than_layers_are_not_cut():
+    config = {"layer_types": ["a", "b", "c"], FREQUENCY_FACTORS: [1.0, 2.0, 3.0]}
+    assert cut(config, 2, 3) == {
+        "layer_types": ["a", "b"],
+        FREQUENCY_FACTORS: [1.0, 2.0, 3.0],
+        "num_hidden_layers": 2,
+    }

@@ -233,3 +233,41 @@ def test_a_run_tells_what_a_device_did_for_the_prompt(model, tmp_path):
         r"memory \(0\.0 MB\) · [\d.]+ MB read for them",
         line,
     )
+
+
+FAILS = """
+import sys
+from elute.bench import budget
+from elute.errors import DeviceError
+
+def predict_run(*_, **__):
+    raise DeviceError("the disk is gone; check it")
+
+budget.predict_run = predict_run
+from elute.cli import main
+main(sys.argv[1:])
+"""
+
+
+def test_an_answer_outlives_a_forecast_that_fails(model, least):
+    common = ["run", model, "eta", "--raw", "--temperature", "0", "--max-tokens", "4"]
+    common += ["--memory", f"{least + 8}M", "--context", "256"]
+    command = [sys.executable, "-c", FAILS, *common]
+    done = subprocess.run([*command, "--json"], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout)
+    assert told["text"]
+    assert told["predicted"] is None
+    assert told["measured"]["tok_s"] > 0
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    *_, warning, measured = done.stderr.splitlines()
+    assert "what was to be expected cannot be told: the disk is gone; check it" in warning
+    assert measured.startswith("measured ")
+
+
+def test_an_answer_of_one_token_is_compared_with_nothing(model, least):
+    common = ["--memory", f"{least + 8}M", "--context", "256", "--temperature", "0"]
+    done = elute("run", model, "eta", "--raw", "--max-tokens", "1", *common, "--json", "-q")
+    told = json.loads(done.stdout)
+    assert told["predicted"] is None
+    assert told["measured"]["tok_s"] is None

@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 
 from elute import _native
 from elute.bench.ceilings import MeasuredCeilings
-from elute.bench.pace import Compute, Pace, measured_pace
+from elute.bench.machine import available_bytes
+from elute.bench.pace import Compute, Pace, layer_matrices, measured_pace
 from elute.bench.rehearsal import Rehearsed, rehearse, rehearse_banks
 from elute.errors import BudgetError, DeviceError, UnsupportedError
 from elute.flash.banks import GAP_BYTES
@@ -28,7 +29,7 @@ from elute.formats import sources
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.model.families import op_list
-from elute.model.ops import Experts, Head, Linear, OpList
+from elute.model.ops import Head, OpList
 from elute.runtime import executor
 from elute.runtime.memory import fit, parse_size
 from elute.runtime.store import has_experts
@@ -89,23 +90,26 @@ def predict(
     pace = measured_pace(packed, config, compute, room=room)
     _native.return_freed_memory()
     if flash is None or not plan.missed:
+        if getattr(packed, "banks", {}):
+            pace = replace(pace, layers_s=pace.layers_s * _by_channel(sparsity))
         return Prediction(1 / pace.token_s, 0, 0.0, plan.total)
     by_channel = bool(plan.staging) and not has_experts(config)
     told = None
-    if flash.file is not None and plan.places:
-        told = rehearse(packed, config, plan, flash.file, flash.disk, compute)
-        if told is not None:  # the window fills while the rest is computed
-            hidden_s = min(pace.rest_s, plan.window / flash.disk.sequential_bytes_s)
-            told = replace(told, waited_s=max(0.0, told.waited_s - hidden_s))
-    elif (
-        flash.file is not None
-        and isinstance(packed, PackedModel)
-        and (packed.banks or not by_channel)  # else it would be put in channel order first
-    ):
-        told = rehearse_banks(
-            packed, plan, flash.disk, compute, sparsity=sparsity, cache_aware=cache_aware
-        )
+    with suppress(BudgetError):  # more memory than is free
+        if flash.file is not None and plan.places:
+            told = rehearse(packed, config, plan, flash.file, flash.disk, compute)
+        elif (
+            flash.file is not None
+            and isinstance(packed, PackedModel)
+            and (packed.banks or not by_channel)  # else it would be put in channel order first
+        ):
+            told = rehearse_banks(
+                packed, plan, flash.disk, compute, sparsity=sparsity, cache_aware=cache_aware
+            )
     _native.return_freed_memory()
+    if told is not None and plan.places:  # the window fills while the rest is computed
+        hidden_s = min(pace.rest_s, plan.window / flash.disk.sequential_bytes_s)
+        told = replace(told, waited_s=max(0.0, told.waited_s - hidden_s))
     if told is None and plan.places:
         # Reading and computing overlap as well as can be.
         read_s = plan.missed / flash.disk.sequential_bytes_s
@@ -123,6 +127,11 @@ def predict(
 CHANNELS_S, ACTIVE_S = 0.13, 1.35
 
 
+def _by_channel(sparsity: float) -> float:
+    """The time of a product by channel to that of one in panels."""
+    return CHANNELS_S + ACTIVE_S * (1 - sparsity)
+
+
 def _foretold_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float | None) -> Rehearsed:
     """What is wanted is known when its input is, so reading and computing take turns, as far as it
     cannot be foreseen. Any block that is not kept is as likely to be wanted as another.
@@ -131,7 +140,7 @@ def _foretold_banks(plan: Plan, pace: Pace, disk: Disk, sparsity: float | None) 
     """
     layers_s = pace.layers_s
     if sparsity is not None:
-        layers_s *= CHANNELS_S + ACTIVE_S * (1 - sparsity)
+        layers_s *= _by_channel(sparsity)
     flash_s, foreseen = 0.0, 0.0
     for bank in plan.banks:
         away, share = bank.n_blocks - plan.slots[bank.name], bank.wanted
@@ -283,8 +292,8 @@ def forecast(
             )
         except BudgetError:  # of the machine as it is, not of the budget
             raise DeviceError(
-                "plan: found too little free memory to measure how fast this machine computes the "
-                "model; close programs"
+                f"plan: found {available_bytes() >> 20} MiB of free memory, wanted room for a "
+                "layer and the head, whose time is measured; close programs"
             ) from None
     return Forecast(
         found.plan,
@@ -318,12 +327,9 @@ def _process_with_tokenizer(packed: PackedModel) -> int:
 
 def touched_bytes(ops: OpList, packed: Recorded) -> int:
     """Planes, scales and offsets that one token reads: of all matrices but the embedding."""
-    linear = [name for op in ops.ops if isinstance(op, Linear) for name in op.weights]
-    for op in (op for op in ops.ops if isinstance(op, Experts)):
-        linear += op.matrices()[: 3 * op.top_k]  # of as many experts as a token picks
     head = [op.weight for op in ops.ops if isinstance(op, Head)]
     total = 0
-    for name in (*linear, *head):
+    for name in (*layer_matrices(ops, picked=True), *head):
         record = packed.records[name]
         assert isinstance(record, MatrixRecord)
         total += record.planes_bytes  # in panels or in a bank
@@ -349,7 +355,8 @@ def _disk_under(
                 "plan: found no home folder to write a file in, from which the rate of the disk is "
                 "learned; give it with --flash, or set ELUTE_HOME"
             ) from None
-        largest = max(use.total for use in uses(op_list(packed.config), packed))
+        order = uses(op_list(packed.config), packed)
+        largest = max(size for use in order for size in use.n_bytes)
         with _some_file(folder, max(PROBE_BYTES, largest)) as file:
             yield Flash(measured(file), file)
 

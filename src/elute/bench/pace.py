@@ -22,6 +22,7 @@ from elute.formats.packed_layout import MatrixRecord, align
 from elute.kernels.registry import Choice
 from elute.model.families import op_list
 from elute.model.ops import Embed, Experts, Head, Linear, OpList
+from elute.model.rope import FREQUENCY_FACTORS
 from elute.quantize.recipe import Recipe, Rule, Scheme
 from elute.runtime.executor import Executor
 from elute.types import OVER_READ, Affine, WeightSource
@@ -91,7 +92,8 @@ def measured_pace(
         executor = compute.executor(ops, weights, context=CONTEXT)
         seconds.append(_token_s(executor))
         del executor
-    share = layers * counts[-1] / whole.n_layers
+    read = sum(_held(packed, name) for name in layer_matrices(whole, picked=True))
+    share = read * counts[-1] / whole.n_layers
     layer_s = seconds[-1] * share / (share + head) / counts[-1]  # by bytes
     if len(counts) > 1:  # else a model of one layer, or no room for two
         measured_s = (seconds[-1] - seconds[0]) / (counts[-1] - counts[0])
@@ -115,14 +117,14 @@ def _token_s(executor: Executor) -> float:
     return statistics.median(times[WARM_UP:])
 
 
-def layer_matrices(ops: OpList) -> list[str]:
-    """Of linears and experts, as often as a forward reads them."""
+def layer_matrices(ops: OpList, *, picked: bool = False) -> list[str]:
+    """Of linears, and of all experts or of as many as a token picks."""
     names: list[str] = []
     for op in ops.ops:
         if isinstance(op, Linear):
             names.extend(op.weights)
         elif isinstance(op, Experts):
-            names.extend(op.matrices())
+            names.extend(op.matrices()[: 3 * op.top_k] if picked else op.matrices())
     return names
 
 
@@ -148,7 +150,9 @@ def _rows(ops: OpList) -> set[str]:
 def cut(config: Mapping[str, Any], n_layers: int, of: int) -> dict[str, Any]:
     """The config of the first layers: lists with an entry a layer are cut too."""
     cut = {
-        key: value[:n_layers] if isinstance(value, list) and len(value) == of else value
+        key: value[:n_layers]
+        if isinstance(value, list) and len(value) == of and key != FREQUENCY_FACTORS
+        else value
         for key, value in config.items()
     }
     return {**cut, "num_hidden_layers": n_layers}

@@ -24,12 +24,12 @@ from elute.errors import DeviceError
 from elute.flash.disk import Disk
 from elute.flash.plan import BLOCK, Plan, least_window, split
 from elute.flash.sparsity import thresholds
-from elute.flash.weights import FlashWeights, Recorded, pages, resident_bytes, uses
+from elute.flash.weights import FlashWeights, Recorded, pages, uses
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord, Records
 from elute.formats.tokenizer import Tokenizer
 from elute.model.families import op_list
-from elute.model.ops import OpList
+from elute.model.ops import Experts, OpList
 from elute.runtime import calibration
 from elute.runtime.executor import Executor
 
@@ -41,10 +41,10 @@ MOST_BYTES = 768 << 20
 MOST_BANKS_S = 0.1
 MOST_BANK_LAYERS = 8
 PROMPT, BANKS_CONTEXT = 32, 256  # tokens, as a run has some in its cache when it generates
-VOCABULARY = 256  # of random weights: the head is no part of it
-ENOUGH_S, MOST_S = 1.0, 5.0
+VOCABULARY = 256  # of random weights, at least CONTEXT: the head is no part of it
+ENOUGH_S, MOST_S = 1.0, 5.0  # the rates of disks come and go by the second; nobody waits long
 LEAST_TOKENS = 3
-WARM_UP = 2
+WARM_UP = 2  # tokens in which the stream comes into its stride
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def rehearse_banks(
     scores = calibration.saved(packed, whole) if sparsity else {}
     if scores is None:
         return None
-    tokens = _own_tokens(packed)[:BANKS_CONTEXT]
+    tokens = [token for token in _own_tokens(packed) if token < whole.vocabulary][:BANKS_CONTEXT]
     wanted = sum(bank.wanted * bank.total for bank in plan.banks)
     most = min(
         MOST_BANK_LAYERS, int(whole.n_layers * MOST_BANKS_S * disk.sequential_bytes_s / wanted)
@@ -120,7 +120,7 @@ def rehearse_banks(
         if within is not None:  # else its layers have none, or only a part of one
             break
     assert within is not None  # of all layers
-    kept = within.slot_bytes + resident_bytes(ops, packed)
+    kept = within.slot_bytes + _loaded_bytes(packed, ops)
     if _is_long(within.missed, kept, disk):
         return None
     check_memory(kept + within.staging, "the weights")
@@ -168,6 +168,15 @@ def _cut_banks(packed: PackedModel, plan: Plan, ops: OpList) -> Plan | None:
     )
 
 
+def _loaded_bytes(packed: PackedModel, ops: OpList) -> int:
+    """What FlashWeights reads at once: all but banks of channels, which hold no parts of a matrix
+    but its planes, and experts."""
+    names = {*ops.matrices(), *ops.vectors()}
+    if not packed.banks:
+        names -= {name for op in ops.ops if isinstance(op, Experts) for name in op.matrices()}
+    return sum(part.stored_bytes for name in names for part in packed.records[name].parts())
+
+
 def _own_tokens(packed: PackedModel) -> list[int]:
     tokenizer = Tokenizer.from_files(packed.tokenizer_files())
     tokens, _ = text_tokens(tokenizer, calibration.own_text())
@@ -177,6 +186,7 @@ def _own_tokens(packed: PackedModel) -> list[int]:
 
 
 def _is_long(missed: float, kept: int, disk: Disk) -> bool:
+    """Whether the fewest tokens, each reading `missed` bytes, take too long after `kept` bytes."""
     return ((WARM_UP + LEAST_TOKENS) * missed + kept) / disk.sequential_bytes_s > MOST_S
 
 

@@ -79,8 +79,8 @@ class MemoryReport:
         self._first = self._last = None
 
     def close(self) -> tuple[Prediction | None, Measured]:
-        """Closes the model, whose memory the prediction needs for what it measures. None where that
-        fails, with a line that says why: the answer is there."""
+        """Closes the model, whose memory the prediction needs for what it measures. None where no
+        answer was long enough to compare with, or, with a line that says why, where it fails."""
         from elute.bench.budget import predict_run
         from elute.bench.pace import Compute
         from elute.errors import EluteError
@@ -97,6 +97,8 @@ class MemoryReport:
         measured = self._measured(executor.n_threads)
         del executor
         model.close()
+        if measured.tok_s is None:
+            return None, measured
         try:
             prediction = predict_run(
                 PackedModel.open(path),
@@ -105,7 +107,7 @@ class MemoryReport:
                 sparsity=model.sparsity,
                 cache_aware=cache_aware,
             )
-        except EluteError as error:
+        except (EluteError, MemoryError, OSError) as error:  # the answer is there all the same
             log.warning("what was to be expected cannot be told: %s", error)
             return None, measured
         return prediction, measured

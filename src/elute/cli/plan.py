@@ -46,8 +46,9 @@ def command(
     """Show how a budget of memory is split, the bound that the disk sets, and the expected rate.
 
     Sizes follow from headers alone: nothing is packed, and of a repository that is not here some
-    kilobytes are fetched. The rate is that of a rehearsal of some seconds: layers of this shape run
-    under the plan, with the disk that the model is on, or would be packed to. Leaves with 0 when
+    kilobytes are fetched. The rate is that of a rehearsal of some seconds, where one can be made:
+    layers of this shape run under the plan, with the disk that the model is on, or would be packed
+    to. Leaves with 0 when
     all weights fit, with 1 when some are read from flash for every token, with 2 when the budget is
     too small.
     """
@@ -57,7 +58,7 @@ def command(
     from elute.cli.screen import Screen, answer_json
     from elute.errors import BudgetError
     from elute.formats.packed import PackedModel
-    from elute.runtime.store import foresee_packed, is_packed
+    from elute.runtime.store import can_reorder, foresee_packed, is_packed
 
     held = psutil.Process().memory_info().rss
     with Screen(quiet=quiet) as screen:
@@ -74,7 +75,7 @@ def command(
                 flash_gb_s=flash_gb_s,
                 held=held,
                 sparsity=sparsity,
-                by_channel=sparsity > 0 and not is_packed(Path(model)),
+                by_channel=sparsity > 0 and not is_packed(Path(model)) and can_reorder(packed),
             )
         except BudgetError as error:
             click.echo(f"error: {error}", err=True)

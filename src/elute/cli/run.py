@@ -34,7 +34,8 @@ def command(model_and_prompt: tuple[str, ...], **given: Any) -> int:
     """Answer PROMPT, streaming it to stdout; "-" reads the prompt from stdin.
 
     MODEL is the default model when it is left out. The last line on stderr has the figures of the
-    run. Ctrl-C ends the answer, and once more leaves at once; both exit with 130.
+    run; with --memory two more have what a rehearsal of it gave and what it took. Ctrl-C ends the
+    answer, and once more leaves at once; both exit with 130.
 
     \b
         elute run "Why is the sky blue?"

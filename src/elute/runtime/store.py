@@ -174,11 +174,11 @@ def reorder(
     return done
 
 
-def can_reorder(packed: PackedModel) -> bool:
+def can_reorder(packed: PackedModel | Foreseen) -> bool:
     """Whether all its layers can be in channel order: no experts, no columns in an order of their
     own."""
     ordered = any(getattr(record, "columns", False) for record in packed.records.values())
-    return not packed.banks and not ordered and not has_experts(packed.config)
+    return not getattr(packed, "banks", {}) and not ordered and not has_experts(packed.config)
 
 
 def has_experts(config: Mapping[str, Any]) -> bool:
