@@ -18,6 +18,10 @@ class UnsupportedError(EluteError):
     """A well-formed input that elute does not implement."""
 
 
+class NoHomeError(UnsupportedError):
+    """Nothing says where to keep what elute makes: no home folder, and none is given."""
+
+
 class ShapeError(EluteError, ValueError):
     """Sizes that do not fit together."""
 

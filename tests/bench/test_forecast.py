@@ -82,15 +82,6 @@ def test_where_nothing_can_be_written_is_one_sentence(tmp_path, monkeypatch):
     with pytest.raises(DeviceError, match=wanted), budget._some_file(tmp_path / "file", 1 << 20):
         pass
 
-    def homeless():
-        raise RuntimeError("Could not determine home directory.")
-
-    monkeypatch.setattr(budget.sources, "cache_dir", homeless)
-    foreseen = SimpleNamespace(config=DENSE, records={})
-    none = pytest.raises(DeviceError, match="found no home folder")
-    with none, budget._disk_under(foreseen, None, None):
-        pass
-
 
 def test_a_rehearsal_without_memory_leaves_the_formula(monkeypatch, tmp_path):
     def too_large(*_, **__):

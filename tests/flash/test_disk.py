@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from elute import _native
-from elute.errors import DeviceError
+from elute.errors import DeviceError, NoHomeError
 from elute.flash import disk
 from elute.flash.disk import Device, Disk, choose, fit
 from elute.flash.weights import pages
@@ -171,7 +171,7 @@ def test_a_broken_file_is_told_of_and_replaced(file, measurements, tmp_path, cap
 
 def test_without_a_home_a_process_measures_once(file, measurements, monkeypatch):
     def nowhere():
-        raise RuntimeError("no home")
+        raise NoHomeError("cache: found no home folder")
 
     monkeypatch.setattr(disk, "cache_dir", nowhere)
     assert disk.measured(file) == disk.measured(file) == SOME

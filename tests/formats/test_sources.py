@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from hub_server import COMMIT, serving
 
-from elute.errors import BudgetError, EluteError, FormatError, UnsupportedError
+from elute.errors import BudgetError, EluteError, FormatError, NoHomeError, UnsupportedError
 from elute.formats import open_checkpoint, sources, wheels
 from elute.formats.sources import SourceKind, cache_dir, default_model_path, resolve
 from elute.formats.wheels import WheelModel, extract_member
@@ -395,3 +395,14 @@ def test_a_cache_that_cannot_be_written_says_what_to_set(tmp_path: Path) -> None
     (tmp_path / "file").write_text("")
     with pytest.raises(EluteError, match=r"file/models cannot be written .* set ELUTE_HOME"):
         sources.resolve("default", cache_dir=tmp_path / "file")
+
+
+def test_without_a_home_folder_it_says_what_to_set(monkeypatch):
+    def homeless():
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("ELUTE_HOME", raising=False)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(NoHomeError, match=r"found no home folder, .*; set ELUTE_HOME"):
+        sources.cache_dir()

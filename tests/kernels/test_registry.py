@@ -6,7 +6,7 @@ import logging
 import pytest
 
 from elute import _native
-from elute.errors import DeviceError
+from elute.errors import DeviceError, NoHomeError
 from elute.kernels import registry
 from elute.kernels.registry import RACE_ROWS, Kernel, choose, winning_rows
 
@@ -154,7 +154,7 @@ def test_what_another_machine_or_build_found_is_not_taken(file, races):
 @pytest.mark.parametrize("fault", ["a file in the way", "no home"])
 def test_where_nothing_can_be_kept_a_process_measures_once(file, races, caplog, monkeypatch, fault):
     def nowhere():
-        raise RuntimeError("Could not determine home directory.")
+        raise NoHomeError("cache: found no home folder")
 
     if fault == "no home":
         monkeypatch.setattr(registry, "cache_dir", nowhere)

