@@ -389,8 +389,8 @@ def load(
     from elute.runtime import calibration
     from elute.runtime.executor import UNLIMITED_LOGITS
     from elute.runtime.executor import Executor as NativeExecutor
-    from elute.runtime.limited import limited_weights
-    from elute.runtime.store import can_reorder, has_experts, open_packed
+    from elute.runtime.limited import limited_weights, wants_channels
+    from elute.runtime.store import can_reorder, has_experts, in_channel_order, open_packed
 
     check_sparsity(sparsity)
     check_cache_aware(cache_aware)
@@ -405,7 +405,7 @@ def load(
         bits=bits,
         recipe=recipe,
         cache_dir=folder,
-        by_channel=memory is not None and sparsity > 0,
+        by_channel=cache_aware > 0,
         progress=progress,
     )
     files = packed.tokenizer_files()
@@ -417,6 +417,12 @@ def load(
     # Reading a vocabulary of 128k takes 130 MB for a moment, which malloc would keep for ever.
     _native.return_freed_memory()
     ops = op_list(packed.config)
+    if (
+        memory is not None
+        and sparsity
+        and wants_channels(packed, ops, memory, context, cache_type, threads, sparsity)
+    ):
+        packed = in_channel_order(packed, str(model), cache_dir=folder, progress=progress)
     if cache_aware and not packed.banks:
         way = "elute convert --order channels makes a folder of it, or " * can_reorder(packed)
         raise UnsupportedError(

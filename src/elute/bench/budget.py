@@ -31,7 +31,7 @@ from elute.formats.packed_layout import MatrixRecord
 from elute.model.families import op_list
 from elute.model.ops import Head, OpList
 from elute.runtime import executor
-from elute.runtime.memory import fit, parse_size
+from elute.runtime.memory import Fit, channels_read_less, fit, parse_size
 from elute.runtime.store import has_experts
 from elute.runtime.threads import default_threads
 
@@ -250,7 +250,7 @@ def forecast(
     """The plan that `load` would make, and the rates of this machine that it leads to.
 
     sparsity    the share of weights that does not count
-    by_channel  whether `load` would put the model in channel order first
+    by_channel  whether `load` would put the model in channel order first, where that reads less
 
     flash_gb_s  measured when None: on the model's own files, or where it would be packed to
     cache_dir   where that is; formats.sources.cache_dir() when None
@@ -268,18 +268,23 @@ def forecast(
     else:
         process += TOKENIZER_BYTES + TOKENIZER_BYTES_A_TOKEN * ops.vocabulary
     n_threads = default_threads() if threads is None else threads
-    found = fit(
-        packed,
-        ops,
-        parse_size(memory),
-        process=process,
-        context=context,
-        cache_type=cache_type,
-        chunk=executor.CHUNK,
-        n_threads=n_threads,
-        by_channel=by_channel or bool(getattr(packed, "banks", {})),
-        sparsity=sparsity,
-    )
+
+    def fitted(by_channel: bool) -> Fit:
+        return fit(
+            packed,
+            ops,
+            parse_size(memory),
+            process=process,
+            context=context,
+            cache_type=cache_type,
+            chunk=executor.CHUNK,
+            n_threads=n_threads,
+            by_channel=by_channel,
+            sparsity=sparsity,
+        )
+
+    reorders = by_channel and channels_read_less(lambda order: fitted(order).plan)
+    found = fitted(reorders or bool(getattr(packed, "banks", {})))
     with _disk_under(packed, cache_dir, flash_gb_s) as flash:
         bytes_s = flash.disk.sequential_bytes_s
         if flash.file is not None:

@@ -13,6 +13,7 @@ import psutil
 from elute import _native
 from elute.errors import NOTE, BudgetError
 from elute.flash.disk import measured
+from elute.flash.plan import Plan
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
@@ -21,7 +22,7 @@ from elute.kernels import registry
 from elute.kernels.registry import Choice
 from elute.model.ops import OpList
 from elute.runtime import executor
-from elute.runtime.memory import Fit, fit, parse_size
+from elute.runtime.memory import Fit, channels_read_less, fit, parse_size
 from elute.runtime.store import can_reorder
 from elute.runtime.threads import default_threads
 
@@ -59,7 +60,7 @@ def limited_weights(
     _native.return_freed_memory()
     process = psutil.Process().memory_info().rss
 
-    def planned(npu_bytes: int) -> Fit:
+    def planned(npu_bytes: int, *, by_channel: bool = bool(packed.banks)) -> Fit:
         return fit(
             packed,
             ops,
@@ -70,7 +71,7 @@ def limited_weights(
             chunk=executor.CHUNK,
             n_threads=default_threads() if threads is None else threads,
             logits=score_bytes or 0,
-            by_channel=bool(packed.banks),
+            by_channel=by_channel,
             sparsity=sparsity,
             npu=npu_bytes,
         )
@@ -78,11 +79,15 @@ def limited_weights(
     found = planned(0) if npu is None else _with_device(planned, npu)
     plan = found.plan
     if plan.places and sparsity and can_reorder(packed):
+        npu_bytes = plan.fixed.get("npu", 0)
+        less = channels_read_less(lambda order: planned(npu_bytes, by_channel=order).plan)
         log.log(
             NOTE,
-            "%s: is in panel order, so weights that do not count are read all the same; elute "
-            "convert --order channels makes a folder that is read by channel",
+            "%s: is in panel order, so weights that do not count are read all the same; %s",
             packed.path,
+            "elute convert --order channels makes a folder that is read by channel"
+            if less
+            else "by channel its short rows would be read in more bytes still",
         )
     if plan.staging:
         log.info(
@@ -132,3 +137,32 @@ def _with_device(planned: Callable[[int], Fit], npu: NpuNeeds) -> Fit:
             if not found.plan.places and not found.plan.staging:
                 return found
     return planned(npu.lean)
+
+
+def wants_channels(
+    packed: PackedModel,
+    ops: OpList,
+    memory: str | int,
+    context: int | None,
+    cache_type: str,
+    threads: int | None,
+    sparsity: float,
+) -> bool:
+    """Whether a model in panel order should be put in channel order for a run with `sparsity`."""
+    process = psutil.Process().memory_info().rss
+
+    def plan(by_channel: bool) -> Plan:
+        return fit(
+            packed,
+            ops,
+            parse_size(memory),
+            process=process,
+            context=context,
+            cache_type=cache_type,
+            chunk=executor.CHUNK,
+            n_threads=default_threads() if threads is None else threads,
+            by_channel=by_channel,
+            sparsity=sparsity,
+        ).plan
+
+    return can_reorder(packed) and channels_read_less(plan)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -160,6 +160,25 @@ def fit(
             "token, picked or not",
         )
     return Fit(plan, chosen)
+
+
+def channels_read_less(plan: Callable[[bool], Plan]) -> bool:
+    """Whether a token reads no more of the model in channel order than in panel order.
+
+    plan  of one of them, the first where it is given True, for the sparsity that is wanted; what
+          raises BudgetError does not fit
+
+    Short rows share pages, so that a token reads most of a bank, and banks need more memory to pass
+    through than panels do.
+    """
+    try:
+        missed = plan(True).missed
+    except BudgetError:
+        return False
+    try:
+        return missed <= plan(False).missed
+    except BudgetError:
+        return True
 
 
 def _inputs(ops: OpList) -> list[str]:

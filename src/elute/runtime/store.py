@@ -66,14 +66,34 @@ def open_packed(
     by_channel  in channel order, made from it where it is in the cache; a packed folder of the
                 caller's is opened as it is
     """
+    from elute.formats.packed import PackedModel
+
+    path = packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
+    packed = PackedModel.open(path)
+    if not by_channel:
+        return packed
+    return in_channel_order(packed, model, cache_dir=cache_dir, progress=progress)
+
+
+def in_channel_order(
+    packed: PackedModel,
+    model: str,
+    *,
+    cache_dir: Path | None = None,
+    progress: Progress | None = None,
+) -> PackedModel:
+    """The same in channel order, made where it is not there; itself where it is no model of the
+    cache, or cannot be in it.
+
+    model  what it is called where it is said that it is made
+    """
     from elute.formats import sources
     from elute.formats.packed import PackedModel
     from elute.runtime.calibration import BY_CHANNEL
 
-    path = packed_folder(model, bits=bits, recipe=recipe, cache_dir=cache_dir, progress=progress)
-    packed = PackedModel.open(path)
+    path = packed.path
     ours = path.parent == (cache_dir or sources.cache_dir()) / "packed"
-    if not by_channel or not ours or not can_reorder(packed):
+    if not ours or not can_reorder(packed):
         return packed
     target = path.with_name(path.name + BY_CHANNEL)
     if is_packed(target):
