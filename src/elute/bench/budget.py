@@ -30,7 +30,7 @@ from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
 from elute.model.families import op_list
 from elute.model.ops import Head, OpList
-from elute.runtime import executor
+from elute.runtime import calibration, executor
 from elute.runtime.memory import Fit, channels_read_less, fit, parse_size
 from elute.runtime.store import has_experts
 from elute.runtime.threads import default_threads
@@ -264,7 +264,7 @@ def forecast(
     ops = op_list(packed.config)
     process = held or psutil.Process().memory_info().rss
     if isinstance(packed, PackedModel):
-        process = _process_with_tokenizer(packed)
+        process = process_before_weights(packed, sparsity=sparsity)
     else:
         process += TOKENIZER_BYTES + TOKENIZER_BYTES_A_TOKEN * ops.vocabulary
     n_threads = default_threads() if threads is None else threads
@@ -313,7 +313,7 @@ def forecast(
     )
 
 
-def _process_with_tokenizer(packed: PackedModel) -> int:
+def process_before_weights(packed: PackedModel, *, sparsity: float) -> int:
     """Bytes that the process holds with all that load has before it plans."""
     import psutil
 
@@ -325,6 +325,8 @@ def _process_with_tokenizer(packed: PackedModel) -> int:
     with suppress(UnsupportedError):  # one without a template
         held.append(ChatTemplate.from_files(files))
     del files
+    if sparsity:
+        held.append(calibration.saved(packed, op_list(packed.config)))
     _native.return_freed_memory()
     process: int = psutil.Process().memory_info().rss
     return process

@@ -7,7 +7,7 @@ import json
 import sys
 from pathlib import Path
 
-from elute.bench.budget import forecast
+from elute.bench.budget import forecast, process_before_weights
 from elute.formats.packed import PackedModel
 from elute.model.families import op_list
 from elute.runtime.limited import wants_channels
@@ -24,6 +24,7 @@ if __name__ == "__main__":
         "f16",
         n_threads,
         float(sparsity),
+        process=process_before_weights(packed, sparsity=float(sparsity)),
     ):
         packed = in_channel_order(packed, path)  # as load does
     found = forecast(

@@ -147,16 +147,21 @@ def wants_channels(
     cache_type: str,
     threads: int | None,
     sparsity: float,
+    *,
+    process: int | None = None,
 ) -> bool:
-    """Whether a model in panel order should be put in channel order for a run with `sparsity`."""
-    process = psutil.Process().memory_info().rss
+    """Whether a model in panel order should be put in channel order for a run with `sparsity`.
+
+    process  bytes that it holds before the weights; those of now when None
+    """
+    held = psutil.Process().memory_info().rss if process is None else process
 
     def plan(by_channel: bool) -> Plan:
         return fit(
             packed,
             ops,
             parse_size(memory),
-            process=process,
+            process=held,
             context=context,
             cache_type=cache_type,
             chunk=executor.CHUNK,
