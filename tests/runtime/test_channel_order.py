@@ -32,13 +32,13 @@ WIDE = {**SHORT, "hidden_size": 1024, "intermediate_size": 4096, "num_hidden_lay
     [(5, 9, True), (9, 5, False), (0, 0, True), (None, 9, False), (9, None, True)],
 )
 def test_the_order_that_reads_less_is_wanted(channels, panels, less):
-    def plan(by_channel):
+    def fitted(*, by_channel):
         missed = channels if by_channel else panels
         if missed is None:
             raise BudgetError("memory: found 1 MB, wanted at least 2")
-        return SimpleNamespace(missed=missed)
+        return SimpleNamespace(plan=SimpleNamespace(missed=missed))
 
-    assert channels_read_less(plan) is less
+    assert channels_read_less(fitted) is less
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,9 @@
 
 Two rates are told. The bound is what reading alone allows: no order of work is faster. The expected
 one is a rehearsal of the plan (bench/rehearsal.py), or, where none can be made, what this machine's
-measured pace and disk make of it; `plan` and the last lines of a run take it from `predict`.
+measured pace and disk make of it; `plan` and the last lines of a run take it from `predict`. Both
+are measured, one after the other: where a disk's rate changes by the second, the expected one may
+be above the bound.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -31,7 +34,7 @@ from elute.formats.packed_layout import MatrixRecord
 from elute.model.families import op_list
 from elute.model.ops import Head, OpList
 from elute.runtime import calibration, executor
-from elute.runtime.memory import Fit, channels_read_less, fit, parse_size
+from elute.runtime.memory import channels_read_less, fit, parse_size
 from elute.runtime.store import has_experts
 from elute.runtime.threads import default_threads
 
@@ -268,23 +271,20 @@ def forecast(
     else:
         process += TOKENIZER_BYTES + TOKENIZER_BYTES_A_TOKEN * ops.vocabulary
     n_threads = default_threads() if threads is None else threads
-
-    def fitted(by_channel: bool) -> Fit:
-        return fit(
-            packed,
-            ops,
-            parse_size(memory),
-            process=process,
-            context=context,
-            cache_type=cache_type,
-            chunk=executor.CHUNK,
-            n_threads=n_threads,
-            by_channel=by_channel,
-            sparsity=sparsity,
-        )
-
-    reorders = by_channel and channels_read_less(lambda order: fitted(order).plan)
-    found = fitted(reorders or bool(getattr(packed, "banks", {})))
+    fitted = partial(
+        fit,
+        packed,
+        ops,
+        parse_size(memory),
+        process=process,
+        context=context,
+        cache_type=cache_type,
+        chunk=executor.CHUNK,
+        n_threads=n_threads,
+        sparsity=sparsity,
+    )
+    reorders = by_channel and channels_read_less(fitted)
+    found = fitted(by_channel=reorders or bool(getattr(packed, "banks", {})))
     with _disk_under(packed, cache_dir, flash_gb_s) as flash:
         bytes_s = flash.disk.sequential_bytes_s
         if flash.file is not None:

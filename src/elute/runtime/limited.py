@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,7 +14,6 @@ import psutil
 from elute import _native
 from elute.errors import NOTE, BudgetError
 from elute.flash.disk import measured
-from elute.flash.plan import Plan
 from elute.flash.weights import FlashWeights
 from elute.formats.packed import PackedModel
 from elute.formats.packed_layout import MatrixRecord
@@ -80,7 +80,7 @@ def limited_weights(
     plan = found.plan
     if plan.places and sparsity and can_reorder(packed):
         npu_bytes = plan.fixed.get("npu", 0)
-        less = channels_read_less(lambda order: planned(npu_bytes, by_channel=order).plan)
+        less = channels_read_less(partial(planned, npu_bytes))
         log.log(
             NOTE,
             "%s: is in panel order, so weights that do not count are read all the same; %s",
@@ -155,19 +155,16 @@ def wants_channels(
     process  bytes that it holds before the weights; those of now when None
     """
     held = psutil.Process().memory_info().rss if process is None else process
-
-    def plan(by_channel: bool) -> Plan:
-        return fit(
-            packed,
-            ops,
-            parse_size(memory),
-            process=held,
-            context=context,
-            cache_type=cache_type,
-            chunk=executor.CHUNK,
-            n_threads=default_threads() if threads is None else threads,
-            by_channel=by_channel,
-            sparsity=sparsity,
-        ).plan
-
-    return can_reorder(packed) and channels_read_less(plan)
+    fitted = partial(
+        fit,
+        packed,
+        ops,
+        parse_size(memory),
+        process=held,
+        context=context,
+        cache_type=cache_type,
+        chunk=executor.CHUNK,
+        n_threads=default_threads() if threads is None else threads,
+        sparsity=sparsity,
+    )
+    return can_reorder(packed) and channels_read_less(fitted)

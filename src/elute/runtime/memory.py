@@ -162,21 +162,20 @@ def fit(
     return Fit(plan, chosen)
 
 
-def channels_read_less(plan: Callable[[bool], Plan]) -> bool:
+def channels_read_less(fitted: Callable[..., Fit]) -> bool:
     """Whether a token reads no more of the model in channel order than in panel order.
 
-    plan  of one of them, the first where it is given True, for the sparsity that is wanted; what
-          raises BudgetError does not fit
+    fitted  `fit`, but for by_channel
 
     Short rows share pages, so that a token reads most of a bank, and banks need more memory to pass
     through than panels do.
     """
     try:
-        missed = plan(True).missed
+        missed = fitted(by_channel=True).plan.missed
     except BudgetError:
         return False
     try:
-        return missed <= plan(False).missed
+        return missed <= fitted(by_channel=False).plan.missed
     except BudgetError:
         return True
 
